@@ -1,0 +1,1 @@
+"""fxmem: train PyTorch models under a memory budget that holds."""

@@ -1,0 +1,45 @@
+"""The errors that fxmem raises on purpose: one base class, one subclass for each thing a caller can act on."""
+
+from __future__ import annotations
+
+
+class FxmemError(Exception):
+    """Base of every error that fxmem raises on purpose."""
+
+
+class BudgetError(FxmemError, ValueError):
+    """A budget that cannot be read: the message holds what was given and the accepted forms."""
+
+
+class InfeasibleBudgetError(FxmemError):
+    """A budget below the least peak that could be reached.
+
+    Attributes:
+        budget_bytes: what was asked for.
+        min_budget_bytes: the peak that `budget="min"` reaches.
+    """
+
+    def __init__(self, message: str, budget_bytes: int, min_budget_bytes: int):
+        super().__init__(message)
+        self.budget_bytes = budget_bytes
+        self.min_budget_bytes = min_budget_bytes
+
+
+class CaptureError(FxmemError):
+    """A module that cannot be captured as one joint graph, or only wrongly: names the node, module and line."""
+
+
+class ProblemError(FxmemError, ValueError):
+    """An inconsistent Problem or Schedule: names the operator or storage."""
+
+
+class CostError(FxmemError, ValueError):
+    """An unknown device, or a cost that is negative or not a number."""
+
+
+class TapeError(FxmemError, RuntimeError):
+    """A backward that the planned module cannot run rightly: a second one, a double one, or after an in-place change."""
+
+
+class MissingExtraError(FxmemError, ImportError):
+    """An optional package is not installed: the message names the extra that brings it."""

@@ -1,0 +1,173 @@
+"""The rematerialization problem as plain data: no torch, nothing that moves.
+
+A training step is a list of *operators* in program order, the forward ones first. Operators read and make *storages*: the
+bytes behind one or more tensors (views cost nothing and are not operators). Any forward operator may run again during the
+backward, and then makes its storages anew. A *variant* is another way to make a forward storage that only ever runs as a
+recompute (a dropout applied with its kept mask, for one).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from .errors import ProblemError
+
+KINDS = ("parameter", "buffer", "input", "activation", "gradient")
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Bytes behind one or more tensors.
+
+    kind: one of KINDS. What no operator makes (parameters, buffers, inputs) is there during the whole step.
+    """
+
+    name: str
+    size_bytes: int
+    kind: str = "activation"
+
+
+@dataclass(frozen=True)
+class Operator:
+    """One operator of the step.
+
+    inputs, outputs: indices into `Problem.storages`.
+    time_s: seconds of one run; recompute_time_s: seconds of a repeated run, where it differs.
+    workspace_bytes: what the operator takes and gives back while it runs.
+    inplace: pairs (input, output): the output may take over the input's bytes when the input dies in this operator.
+        The first pair whose input dies is the one that is used.
+    recomputable: False for what must run exactly once.
+    module: the user's module path, for reports.
+    """
+
+    name: str
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    time_s: float = 0.0
+    workspace_bytes: int = 0
+    recompute_time_s: float | None = None
+    inplace: tuple[tuple[int, int], ...] = ()
+    recomputable: bool = True
+    module: str = ""
+
+    @property
+    def again_s(self) -> float:
+        """Seconds of a repeated run."""
+        return self.time_s if self.recompute_time_s is None else self.recompute_time_s
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A training step: operators `[0, num_forward)` are the forward, `[num_forward, num_program)` the backward, both in
+    program order; from `num_program` on stand the variants.
+
+    outputs: storages that live to the end of the step (the model's outputs, gradients of parameters and inputs).
+    extra_bytes: bytes alive during the whole step that belong to no storage (saved generator states, say).
+    """
+
+    storages: tuple[Storage, ...]
+    operators: tuple[Operator, ...]
+    num_forward: int
+    num_program: int
+    outputs: frozenset[int] = field(default_factory=frozenset)
+    extra_bytes: int = 0
+
+    def __post_init__(self):
+        _check(self)
+
+    @cached_property
+    def producers(self) -> tuple[tuple[int, ...], ...]:
+        """For each storage the operators that make it: the program's own first, then variants; empty if fixed."""
+        makers: list[list[int]] = [[] for _ in self.storages]
+        for index, operator in enumerate(self.operators):
+            for storage in operator.outputs:
+                makers[storage].append(index)
+        return tuple(tuple(m) for m in makers)
+
+    @cached_property
+    def fixed_bytes(self) -> int:
+        """Bytes that are there before the step begins and stay: parameters, buffers, inputs, extra_bytes."""
+        made = (s.size_bytes for s, m in zip(self.storages, self.producers, strict=True) if not m)
+        return sum(made) + self.extra_bytes
+
+    @cached_property
+    def plain_time_s(self) -> float:
+        """Seconds of every operator once: the unit of extra time."""
+        return sum(o.time_s for o in self.operators[: self.num_program])
+
+    @property
+    def forward(self) -> range:
+        return range(self.num_forward)
+
+    @property
+    def backward(self) -> range:
+        return range(self.num_forward, self.num_program)
+
+    @property
+    def variants(self) -> range:
+        return range(self.num_program, len(self.operators))
+
+
+def _check(problem: Problem) -> None:
+    """Refuse what no step can be: costs that are no costs, a storage read before it is made, two first producers."""
+    if not 0 <= problem.num_forward <= problem.num_program <= len(problem.operators):
+        raise ProblemError(
+            f"num_forward={problem.num_forward} and num_program={problem.num_program} do not split "
+            f"{len(problem.operators)} operators: need 0 <= num_forward <= num_program <= number of operators"
+        )
+    for storage in problem.storages:
+        _check_cost(f"storage {storage.name!r}", "size_bytes", storage.size_bytes)
+        if storage.kind not in KINDS:
+            raise ProblemError(f"storage {storage.name!r} has kind {storage.kind!r}; allowed: {', '.join(KINDS)}")
+    made = {s for operator in problem.operators for s in operator.outputs}
+    _check_indices("outputs of the problem", problem.outputs, len(problem.storages))
+    available = set(range(len(problem.storages))) - made
+    for index, operator in enumerate(problem.operators):
+        _check_operator(problem, operator)
+        missing = [s for s in operator.inputs if s not in available]
+        if missing:
+            raise ProblemError(
+                f"operator {operator.name!r} reads storage {problem.storages[missing[0]].name!r} before anything makes it: "
+                "the operators are cyclic or out of order"
+            )
+        _check_producer(problem, index, operator, available)
+        available.update(operator.outputs)
+
+
+def _check_producer(problem: Problem, index: int, operator: Operator, available: set[int]) -> None:
+    again = [s for s in operator.outputs if s in available]
+    if index < problem.num_program and again:
+        raise ProblemError(f"operator {operator.name!r} makes storage {problem.storages[again[0]].name!r}, which exists already")
+    if index >= problem.num_program:
+        forward_made = {s for o in problem.operators[: problem.num_forward] for s in o.outputs}
+        foreign = [s for s in operator.outputs if s not in forward_made]
+        if foreign:
+            raise ProblemError(
+                f"variant {operator.name!r} makes storage {problem.storages[foreign[0]].name!r}, which no forward operator makes"
+            )
+
+
+def _check_operator(problem: Problem, operator: Operator) -> None:
+    who = f"operator {operator.name!r}"
+    _check_indices(f"inputs of {who}", operator.inputs, len(problem.storages))
+    _check_indices(f"outputs of {who}", operator.outputs, len(problem.storages))
+    _check_cost(who, "time_s", operator.time_s)
+    _check_cost(who, "recompute_time_s", operator.again_s)
+    _check_cost(who, "workspace_bytes", operator.workspace_bytes)
+    for source, target in operator.inplace:
+        if source not in operator.inputs or target not in operator.outputs:
+            raise ProblemError(f"{who} has the in-place pair {(source, target)}, which is not (one of its inputs, one of its outputs)")
+
+
+def _check_indices(what: str, indices: Iterable[int], count: int) -> None:
+    for index in indices:
+        if not 0 <= index < count:
+            raise ProblemError(f"{what} name storage {index}, but there are {count} storages")
+
+
+def _check_cost(who: str, field_name: str, value: float) -> None:
+    if not math.isfinite(value) or value < 0:
+        raise ProblemError(f"{who} has {field_name}={value!r}; it must be a finite number, zero or more")
