@@ -1,0 +1,346 @@
+"""Capture: a module and example inputs become one joint forward and backward aten graph, or a refusal that says where.
+
+A plain `nn.Module` goes through Dynamo first, which sees a user's own autograd Functions rightly and refuses graph breaks; a
+`GraphModule` (symbolic_trace, export) is taken as it is. Then AOTAutograd traces forward and backward together. Everything
+runs on fake tensors: no data is touched and nothing of the model's size is allocated.
+
+In the joint graph that `capture` returns, every placeholder carries `meta["fxmem_role"]` and the output node
+`meta["fxmem_roles"]`, one role for each of its values; backward nodes carry `meta["fxmem_backward"] = True`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from .errors import CaptureError
+from .torch_internals import (
+    FakeTensor,
+    FakeTensorMode,
+    dynamo_graph,
+    input_role,
+    joint_graph,
+    output_role,
+    pytree,
+    fake_mode_of,
+    restore_rng,
+)
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Role:
+    """What a placeholder or output of the joint graph is to the user.
+
+    kind: "parameter", "buffer", "input", "tangent" (placeholders); "output", "buffer_update", "gradient" (outputs).
+    key: the parameter's or buffer's name, or the index of the input or output leaf; of a gradient, the Role it is for.
+    """
+
+    kind: str
+    key: Any
+
+
+@dataclass(frozen=True)
+class Capture:
+    """A captured module.
+
+    joint: the joint graph, flat arguments, roles in its meta.
+    in_spec, out_spec: pytree specs of (args, kwargs) and of the outputs.
+    differentiated: indices of the output leaves that get a gradient in the planned step.
+    attached: indices of all output leaves that autograd would connect to the parameters or inputs.
+    constants: tensors that the graph reads but no parameter or buffer names, by the name that their role carries.
+    """
+
+    joint: fx.GraphModule
+    in_spec: Any
+    out_spec: Any
+    differentiated: tuple[int, ...]
+    attached: tuple[int, ...]
+    constants: Mapping[str, torch.Tensor]
+
+
+def capture(module: nn.Module, args: tuple, kwargs: Mapping[str, Any], output_gradients: str | Sequence[int] | None = None) -> Capture:
+    """Capture `module` called with `*args, **kwargs` (real, fake or meta tensors) as one joint graph.
+
+    output_gradients: which output leaves get a gradient: None (the scalar ones if there is any, else all), "all", or their
+        indices. A loss among the outputs is what a step starts from; the other outputs are then only looked at.
+    Raises CaptureError, naming node, module and source line, for what cannot be captured rightly.
+    """
+    kwargs = dict(kwargs)
+    _check_devices(module, args, kwargs)
+    with restore_rng():
+        module = _without_meta(module)
+        args, kwargs = _fake_inputs(module, args, kwargs)
+        names = _names(module)
+        in_spec = pytree.tree_structure((args, kwargs))
+        graph_module, args, kwargs = _torch_level(module, args, kwargs)
+        values = _output_values(graph_module, args, kwargs)
+        differentiated, attached = _detach_outputs(graph_module, values, output_gradients)
+        joint, out_spec = _aot(graph_module, args, kwargs)
+    constants = _assign_roles(joint, graph_module, names)
+    return Capture(joint, in_spec, out_spec, differentiated, attached, constants)
+
+
+def example_inputs_of(graph_module: nn.Module) -> tuple[torch.Tensor, ...]:
+    """Fake inputs from the placeholders' `meta["val"]` or `meta["tensor_meta"]` (as shape propagation leaves them).
+
+    Raises CaptureError where there are neither.
+    """
+    placeholders = [n for n in graph_module.graph.nodes if n.op == "placeholder"] if isinstance(graph_module, fx.GraphModule) else []
+    found = []
+    device = next((p.device for p in graph_module.parameters()), torch.device("cpu"))
+    mode = FakeTensorMode()
+    for node in placeholders:
+        value, meta = node.meta.get("val"), node.meta.get("tensor_meta")
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif meta is not None:
+            with mode:
+                fake = torch.empty_strided(meta.shape, meta.stride, dtype=meta.dtype, device=device)
+            found.append(fake.requires_grad_(meta.requires_grad))
+    if not placeholders or len(found) < len(placeholders):
+        raise CaptureError(
+            f"no example inputs were given, and {type(graph_module).__name__} carries no shapes: pass example_inputs=(x, ...), "
+            'or a GraphModule whose placeholders carry meta["val"] or meta["tensor_meta"] (torch.fx.passes.shape_prop.ShapeProp)'
+        )
+    return tuple(found)
+
+
+def source_of(node: fx.Node) -> str:
+    """"node 'add_1' of module 'layer1.0', at model.py:12" as far as it is known."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    where = f" of module {clean_path(stack[-1][0])!r}" if stack else ""
+    frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
+    line = f", at {frames[-1][0]}:{frames[-1][1]}" if frames else ""
+    return f"node {node.name!r}{where}{line}"
+
+
+def clean_path(path: str) -> str:
+    """A module path as the user writes it: Dynamo says "L['self'].layer1.0"."""
+    path = re.sub(r"^L\['self'\]\.?|^L__self___?|^_export_root\.?", "", path)
+    path = re.sub(r"^_export_root\.?", "", path)
+    return re.sub(r"\[['\"]?([^\]'\"]+)['\"]?\]", r".\1", re.sub(r"@\d+$", "", path)).lstrip(".")
+
+
+def _check_devices(module: nn.Module, args: tuple, kwargs: dict) -> None:
+    devices: dict[torch.device, str] = {}
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        devices.setdefault(tensor.device, name)
+    for path, leaf in pytree.tree_leaves_with_path((args, kwargs)):
+        if isinstance(leaf, torch.Tensor) and leaf.dim():
+            devices.setdefault(leaf.device, f"input {pytree.keystr(path)}")
+    real = {device: name for device, name in devices.items() if device.type != "meta"}
+    if len(real) > 1:
+        listed = ", ".join(f"{name!r} on {device}" for device, name in real.items())
+        raise CaptureError(f"the module and its inputs are on several devices ({listed}): move all of them to one with .to(device)")
+
+
+def _without_meta(module: nn.Module) -> nn.Module:
+    """`module`, or, where it has meta parameters or buffers, a fake copy on the CPU: nothing is allocated either way."""
+    if not any(t.is_meta for t in (*module.parameters(), *module.buffers())):
+        return module
+    with FakeTensorMode():
+        return copy.deepcopy(module).to_empty(device="cpu")
+
+
+def _fake_inputs(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """The inputs as fake tensors on the module's device, with shapes, strides and requires_grad as given."""
+    tensors = [t for t in (*module.parameters(), *module.buffers(), *pytree.tree_leaves((args, kwargs))) if isinstance(t, torch.Tensor)]
+    device = next((t.device for t in tensors if not t.is_meta), torch.device("cpu"))
+    mode = next((t.fake_mode for t in tensors if isinstance(t, FakeTensor)), None) or FakeTensorMode()
+
+    def fake(leaf):
+        if not isinstance(leaf, torch.Tensor) or (isinstance(leaf, FakeTensor) and leaf.fake_mode is mode):
+            return leaf
+        with mode:
+            made = torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=device if leaf.is_meta else leaf.device)
+        return made.requires_grad_(leaf.requires_grad)
+
+    return pytree.tree_map(fake, (args, kwargs))
+
+
+def _names(module: nn.Module) -> dict[int, str]:
+    """id of each parameter and buffer -> the name that the user's module gives it (the first, where it is tied)."""
+    return {id(t): name for name, t in (*module.named_buffers(), *module.named_parameters())}
+
+
+def _torch_level(module: nn.Module, args: tuple, kwargs: dict) -> tuple[fx.GraphModule, tuple, dict]:
+    """One torch-level GraphModule to trace, ours to change, and the arguments to call it with."""
+    if isinstance(module, fx.GraphModule):
+        own = fx.GraphModule(module, copy.deepcopy(module.graph))
+        if kwargs and type(module.graph._codegen) is fx.graph.CodeGen:
+            bound = inspect.signature(module.forward).bind(*args, **kwargs)
+            bound.apply_defaults()
+            return own, bound.args, {}
+        return own, args, kwargs
+    with _refusing(module):
+        return dynamo_graph(module, args, kwargs), args, kwargs
+
+
+def _refusal(module: nn.Module, error: Exception) -> str:
+    """What stood in the way of one graph, in the user's terms: the first lines of PyTorch's message and the user's own line."""
+    text = str(error).strip() or type(error).__name__
+    reason = " ".join(line.strip() for line in text.splitlines()[:4] if line.strip())
+    own_frames = [f for f in re.findall(r'File "([^"]+)", line (\d+), in (\w+)', text) if "/torch/" not in f[0]]
+    where = f" (at {own_frames[-1][0]}:{own_frames[-1][1]}, in {own_frames[-1][2]})" if own_frames else ""
+    hint = "fxmem needs the whole module as one graph: rewrite the line, or transform the submodules around it one by one"
+    if "unrecognized type UserDefinedObjectVariable" in text:
+        hint = (
+            "an output is an object that fxmem cannot look into: make the module return tensors in tuples, lists or dicts, "
+            "or register the type with torch.utils._pytree.register_pytree_node (for a key-value cache, pass use_cache=False)"
+        )
+    return f"{type(module).__name__} cannot be captured as one graph{where}: {reason}. {hint}."
+
+
+def _detach_outputs(
+    graph_module: fx.GraphModule, values: list[Any], wanted: str | Sequence[int] | None
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Rewrite the outputs so that only the differentiated ones reach autograd; returns (differentiated, attached) leaf indices.
+
+    Every output also becomes a value of its own (`_unsafe_view`), since AOTAutograd would otherwise hand out the base of
+    outputs that alias each other, and rebuild them outside of the graph.
+    """
+    output = graph_module.graph.output_node()
+    nodes = pytree.tree_leaves(output.args)
+    tensors = {i: value for i, value in enumerate(values) if isinstance(nodes[i], fx.Node) and isinstance(value, torch.Tensor)}
+    attached = tuple(i for i, value in tensors.items() if value.requires_grad)
+    differentiated = _choose_differentiated({i: tensors[i] for i in attached}, wanted)
+    graph, replaced = graph_module.graph, {}
+    with graph.inserting_before(output):
+        for i, value in tensors.items():
+            node = nodes[i] if i in differentiated else graph.call_function(torch.ops.aten.detach.default, (nodes[i],))
+            own = graph.call_function(torch.ops.aten._unsafe_view.default, (node, list(value.shape)))
+            own.meta.update({k: nodes[i].meta[k] for k in ("nn_module_stack", "stack_trace") if k in nodes[i].meta})
+            replaced[i] = own
+    indices = iter(range(len(nodes)))
+    output.args = pytree.tree_map(lambda leaf: replaced.get(next(indices), leaf), output.args)
+    graph_module.recompile()
+    return differentiated, attached
+
+
+def _choose_differentiated(attached: dict[int, torch.Tensor], wanted: str | Sequence[int] | None) -> tuple[int, ...]:
+    if not attached:
+        raise CaptureError(
+            "no output needs gradients, so there is no training step to plan: give some parameter or input requires_grad=True "
+            "(and leave torch.no_grad), or use the module as it is for inference"
+        )
+    if wanted == "all":
+        return tuple(attached)
+    if wanted is None:
+        return tuple(i for i, value in attached.items() if value.dim() == 0) or tuple(attached)
+    if isinstance(wanted, str) or not wanted or any(i not in attached for i in wanted):
+        raise CaptureError(
+            f'output_gradients={wanted!r}: allowed are None, "all", or indices among {tuple(attached)}, the output leaves that need gradients'
+        )
+    return tuple(sorted(wanted))
+
+
+def _output_values(graph_module: fx.GraphModule, args: tuple, kwargs: dict) -> list[Any]:
+    """The output leaves on fake tensors: as Dynamo noted them, else by running the graph."""
+    leaves = pytree.tree_leaves(graph_module.graph.output_node().args)
+    noted = [leaf.meta.get("example_value") if isinstance(leaf, fx.Node) else leaf for leaf in leaves]
+    if not any(value is None and isinstance(leaf, fx.Node) for value, leaf in zip(noted, leaves, strict=True)):
+        return noted
+    with _refusing(graph_module), fake_mode_of((args, kwargs), allow_real=True):
+        return pytree.tree_leaves(graph_module(*args, **kwargs))
+
+
+def _aot(graph_module: fx.GraphModule, args: tuple, kwargs: dict) -> tuple[fx.GraphModule, Any]:
+    with _refusing(graph_module):
+        joint, out_spec = joint_graph(graph_module, args, kwargs)
+    joint.graph.set_codegen(fx.graph.CodeGen())
+    for node in joint.graph.nodes:
+        if node.meta.get("partitioner_tag") == "is_backward":
+            node.meta["fxmem_backward"] = True
+    return joint, out_spec
+
+
+@contextlib.contextmanager
+def _refusing(module: nn.Module) -> Iterator[None]:
+    """Turn whatever PyTorch raises while it traces into a CaptureError in the user's terms."""
+    try:
+        yield
+    except CaptureError:
+        raise
+    except Exception as error:
+        raise CaptureError(_refusal(module, error)) from error
+
+
+def _assign_roles(joint: fx.GraphModule, traced: fx.GraphModule, names: dict[int, str]) -> dict[str, torch.Tensor]:
+    """Mark placeholders and outputs with their Role; returns tensors that the graph uses but the module does not name."""
+    constants: dict[str, torch.Tensor] = {}
+    tensors = dict((*traced.named_parameters(), *traced.named_buffers()))
+
+    def named(kind: str, key: str) -> Role:
+        if id(tensors[key]) in names:
+            return Role(kind, names[id(tensors[key])])
+        constants.setdefault(name := f"constant_{key}".replace(".", "_"), tensors[key])
+        return Role("buffer", name)
+
+    def to_role(found: tuple[str, Any] | None, what: str) -> Role:
+        if found is None:
+            raise CaptureError(f"{what} of the joint graph is of a kind that fxmem does not know; please report the model")
+        kind, key = found
+        return named(kind, key) if kind in ("parameter", "buffer") else Role(kind, key)
+
+    for node in joint.graph.nodes:
+        if node.op == "placeholder":
+            node.meta["fxmem_role"] = to_role(input_role(node.meta["desc"]), f"input {node.name!r} ({node.meta['desc']})")
+        elif node.op == "get_attr":
+            constants[node.name] = _lift_constant(joint, node)
+    output = joint.graph.output_node()
+    roles, values = [], []
+    for value, desc in zip(pytree.tree_leaves(output.args, is_leaf=lambda v: v is None), output.meta["desc"], strict=True):
+        if desc is None:
+            continue
+        kind, key = output_role(desc) or (None, None)
+        if kind == "mutation":
+            role = _buffer_update(to_role(key, "a mutated input"), value)
+        elif kind == "gradient":
+            role = Role("gradient", to_role(key, "an input with a gradient"))
+        else:
+            role = to_role((kind, key) if kind else None, f"output {desc}")
+        if value is not None or role.kind == "output":
+            roles.append(role)
+            values.append(value)
+    output.args = (tuple(values),)
+    output.meta["fxmem_roles"] = tuple(roles)
+    joint.graph.eliminate_dead_code()
+    joint.recompile()
+    return constants
+
+
+def _buffer_update(source: Role, value: fx.Node) -> Role:
+    if source.kind != "buffer":
+        raise CaptureError(
+            f"{source.kind} {source.key!r} is changed in place by the module ({source_of(value)}): a planned module may only "
+            "change buffers; work on a clone of it instead"
+        )
+    return Role("buffer_update", source.key)
+
+
+def _lift_constant(joint: fx.GraphModule, node: fx.Node) -> torch.Tensor:
+    """Make a tensor that tracing put on the graph module (a literal in the user's code) an input of the joint graph."""
+    value = getattr(joint, node.target, None)
+    if not isinstance(value, torch.Tensor):
+        raise CaptureError(
+            f"{source_of(next(iter(node.users)))} is a higher-order operator (it runs a graph of its own), which fxmem cannot plan yet: "
+            "keep it outside of the transformed module"
+        )
+    first = next(iter(joint.graph.nodes))
+    with joint.graph.inserting_before(first):
+        placeholder = joint.graph.placeholder(node.name)
+    placeholder.meta.update(node.meta, fxmem_role=Role("buffer", node.name))
+    node.replace_all_uses_with(placeholder)
+    joint.graph.erase_node(node)
+    return value

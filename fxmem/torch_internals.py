@@ -1,0 +1,101 @@
+"""Every private PyTorch interface that fxmem uses, behind a name of ours: a new PyTorch is this file's work.
+
+joint_graph         AOTAutograd's joint graph with descriptors        torch._functorch.aot_autograd
+dynamo_graph        one torch-level graph of any nn.Module            torch._dynamo.functional_export
+what the joint graph's placeholders and outputs mean                  torch._functorch._aot_autograd.descriptors
+pytree                                                                torch.utils._pytree
+fake tensors                                                          torch._subclasses.fake_tensor
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import fx, nn
+from torch._dynamo import config as dynamo_config
+from torch._functorch._aot_autograd import descriptors
+from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+__all__ = [
+    "FakeTensor", "FakeTensorMode", "dynamo_graph", "fake_mode_of", "input_role", "joint_graph", "output_role", "pytree", "restore_rng",
+]  # fmt: skip
+
+
+def dynamo_graph(module: nn.Module, args: tuple, kwargs: dict) -> fx.GraphModule:
+    """One torch-level graph of `module` as Dynamo sees it: static shapes, no graph break allowed."""
+    from torch._dynamo.functional_export import _dynamo_graph_capture_for_export
+
+    _register_cache_outputs()
+    with dynamo_config.patch(automatic_dynamic_shapes=False, assume_static_by_default=True):
+        return _dynamo_graph_capture_for_export(module)(*args, **kwargs)
+
+
+def _register_cache_outputs() -> None:
+    """Transformers' key-value caches come out of most of its models but are no pytrees until its own export support says so."""
+    if "transformers.cache_utils" in sys.modules:
+        with contextlib.suppress(ImportError):
+            from transformers.integrations.executorch import register_dynamic_cache_export_support
+
+            register_dynamic_cache_export_support()
+
+
+def joint_graph(graph_module: fx.GraphModule, args: tuple, kwargs: dict) -> tuple[fx.GraphModule, Any]:
+    """The joint forward and backward aten graph of `graph_module`, and the pytree spec of its outputs.
+
+    Placeholders and outputs carry `meta["desc"]`; backward nodes carry `meta["partitioner_tag"] == "is_backward"`.
+    """
+    with contextlib.ExitStack() as stack:
+        joint = aot_export_joint_with_descriptors(stack, graph_module, args, kwargs)
+        return joint.graph_module, joint.out_spec
+
+
+@contextlib.contextmanager
+def fake_mode_of(tree: Any, allow_real: bool = False) -> Iterator[FakeTensorMode]:
+    """The fake mode of the fake tensors in `tree` (a new one if there are none), switched on; real tensors may mix in if allowed."""
+    mode = next((t.fake_mode for t in pytree.tree_leaves(tree) if isinstance(t, FakeTensor)), None) or FakeTensorMode()
+    before, mode.allow_non_fake_inputs = mode.allow_non_fake_inputs, allow_real
+    try:
+        with mode:
+            yield mode
+    finally:
+        mode.allow_non_fake_inputs = before
+
+
+@contextlib.contextmanager
+def restore_rng() -> Iterator[None]:
+    """Put the random generators of the CPU and of the CUDA devices in use back as they were."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() and torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices=devices):
+        yield
+
+
+def input_role(desc: Any) -> tuple[str, Any] | None:
+    """(kind, key) of a placeholder: ("parameter" | "buffer", name), ("input", flat index), ("tangent", output index)."""
+    match desc:
+        case descriptors.ParamAOTInput(target=name):
+            return "parameter", name
+        case descriptors.BufferAOTInput(target=name):
+            return "buffer", name
+        case descriptors.PlainAOTInput(idx=index):
+            return "input", index
+        case descriptors.TangentAOTInput(output=descriptors.PlainAOTOutput(idx=index)):
+            return "tangent", index
+    return None
+
+
+def output_role(desc: Any) -> tuple[str, Any] | None:
+    """(kind, key) of an output: ("output", index), ("mutation", input role), ("gradient", input role)."""
+    match desc:
+        case descriptors.PlainAOTOutput(idx=index):
+            return "output", index
+        case descriptors.InputMutationAOTOutput(mutated_input=source):
+            return "mutation", input_role(source)
+        case descriptors.GradAOTOutput(grad_of=source):
+            return "gradient", input_role(source)
+    return None
