@@ -1,0 +1,144 @@
+"""What every solver is given and gives back, and the registry of solvers by name."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from ..errors import FxmemError, InfeasibleBudgetError
+from ..problem import Problem
+from ..schedule import Schedule, Timeline, plain_schedule, simulate
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A schedule, what the simulator says of it, and how good it is known to be.
+
+    lower_bound_overhead: no schedule within the budget costs less extra time (a fraction of the plain step's time).
+    status: "optimal", "within X % of the bound" (difference in step time) or "feasible", and what cut the solver short.
+    log: one line for each thing that was tried.
+    """
+
+    schedule: Schedule
+    timeline: Timeline
+    lower_bound_overhead: float
+    status: str
+    solver: str
+    solve_time_s: float
+    log: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a solver is asked: the cheapest schedule with a peak of at most budget_bytes.
+
+    starts: schedules to begin from; they need not fit. deadline: in time.monotonic() seconds. bounded: whether the caller
+    wants a lower bound as well.
+    """
+
+    problem: Problem
+    budget_bytes: int
+    starts: tuple[Schedule, ...] = ()
+    deadline: float = float("inf")
+    progress: Progress | None = None
+    bounded: bool = True
+
+    @property
+    def out_of_time(self) -> bool:
+        return time.monotonic() > self.deadline
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a solver found: the best schedule or None, a valid lower bound on its overhead, and whether it was cut short."""
+
+    schedule: Schedule | None
+    lower_bound_overhead: float = 0.0
+    proven: bool = False
+    stopped: bool = False
+    log: tuple[str, ...] = field(default_factory=tuple)
+
+
+Solver = Callable[[Task], Answer]
+SOLVERS: dict[str, Solver] = {}
+
+
+def register_solver(name: str) -> Callable[[Solver], Solver]:
+    """Decorator: make a function from `Task` to `Answer` available as `solve(..., solver=name)`."""
+
+    def register(function: Solver) -> Solver:
+        SOLVERS[name] = function
+        return function
+
+    return register
+
+
+def find_solver(name: str) -> Solver:
+    """The solver of that name; FxmemError with the valid names where there is none."""
+    if name not in SOLVERS:
+        raise FxmemError(f"unknown solver {name!r}; the solvers are: {', '.join(sorted(SOLVERS))}")
+    return SOLVERS[name]
+
+
+def judge(task: Task, candidates: Sequence[Schedule | None]) -> tuple[Schedule, Timeline] | None:
+    """The cheapest of the schedules that fit, by the simulator; among equally cheap ones that of the least peak."""
+    best = None
+    for schedule in candidates:
+        if schedule is None:
+            continue
+        timeline = simulate(task.problem, schedule)
+        if timeline.peak_bytes > task.budget_bytes:
+            continue
+        key = (round(timeline.overhead, 12), timeline.peak_bytes)
+        if best is None or key < best[0]:
+            best = key, schedule, timeline
+    return best and best[1:]
+
+
+def describe(overhead: float, bound: float, proven: bool, stopped: bool) -> str:
+    """The status of a plan, from its overhead and what is known about the least."""
+    gap = (overhead - bound) / (1 + overhead)
+    if proven or gap <= 1e-6:
+        status = "optimal"
+    elif bound > 0:
+        status = f"within {100 * gap:.1f} % of the bound"
+    else:
+        status = "feasible"
+    return f"{status} (stopped by the time limit)" if stopped and status != "optimal" else status
+
+
+def infeasible(problem: Problem, budget_bytes: int, least: Schedule) -> InfeasibleBudgetError:
+    """The error for a budget below the least peak, saying what takes the room there."""
+    timeline = simulate(problem, least)
+    step = timeline.peak_step
+    where = problem.operators[least.steps[step]].name if step >= 0 else "the start of the step"
+    largest = sorted(_alive_during(problem, least, step), key=lambda s: -problem.storages[s].size_bytes)[:5]
+    holders = ", ".join(f"{problem.storages[s].name} ({problem.storages[s].size_bytes:,} bytes)" for s in largest)
+    kinds = ", ".join(f"{kind} {size:,}" for kind, size in timeline.peak_by_kind.items() if size)
+    message = (
+        f"no schedule was found within a budget of {budget_bytes:,} bytes; the least peak that is reached is "
+        f"{timeline.peak_bytes:,} bytes, at operator {where!r}. What takes the room there, in bytes: {kinds}; the largest "
+        f"storages: {holders or 'none'}. Ask for at least {timeline.peak_bytes:,} bytes, or for budget='min'"
+    )
+    return InfeasibleBudgetError(message, budget_bytes, timeline.peak_bytes)
+
+
+def _alive_during(problem: Problem, schedule: Schedule, step: int) -> set[int]:
+    timeline = simulate(problem, schedule)
+    alive = {s for s, makers in enumerate(problem.producers) if not makers}
+    for index, frees, pair in list(zip(schedule.steps, timeline.frees, timeline.inplace, strict=True))[: step + 1]:
+        alive |= set(problem.operators[index].outputs)
+        last = frees, pair
+        alive -= set(frees) | ({pair[0]} if pair else set())
+    if step >= 0:
+        alive |= set(last[0])
+    return alive
+
+
+def plain_fits(task: Task) -> Schedule | None:
+    """The plain schedule, where it fits."""
+    plain = plain_schedule(task.problem)
+    return plain if simulate(task.problem, plain).peak_bytes <= task.budget_bytes else None

@@ -1,0 +1,141 @@
+"""The three questions that a caller asks: the cheapest schedule under a budget, the smallest schedule, and all in between."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+from ..problem import Problem
+from ..schedule import Schedule, plain_schedule, simulate
+from .base import Answer, Progress, Solution, Task, describe, find_solver, infeasible, judge, plain_fits
+from .minimum import smallest_schedule
+from .stages import compile_problem
+from .state import least_possible_bytes
+
+BISECTIONS = 5
+
+
+def solve(
+    problem: Problem,
+    budget_bytes: int,
+    *,
+    solver: str = "auto",
+    time_limit_s: float = 60.0,
+    starts: Sequence[Schedule] = (),
+    progress: Progress | None = None,
+) -> Solution:
+    """The schedule with the least extra time that is found among those whose peak is at most budget_bytes.
+
+    budget_bytes: peak by `simulate`, fixed bytes included. solver: a name in `SOLVERS`. time_limit_s: seconds after which the
+    search stops with what it has (never without a schedule, where one is known to exist). starts: schedules to begin from.
+    progress: called with a line of text now and then.
+
+    Raises InfeasibleBudgetError where no schedule that fits is found, with the peak that `least_peak` reaches; FxmemError for
+    an unknown solver.
+    """
+    begin = time.monotonic()
+    task = Task(problem, budget_bytes, tuple(starts), begin + time_limit_s, progress)
+    function = find_solver(solver)
+    plain = plain_fits(task)
+    if plain is not None:
+        return _solution(task, Answer(plain, proven=True, log=("the plain schedule fits",)), solver, begin)
+    if budget_bytes < least_possible_bytes(problem, compile_problem(problem)):
+        raise infeasible(problem, budget_bytes, smallest_schedule(replace(task, deadline=begin + time_limit_s)))
+    answer = function(task)
+    found = judge(task, [answer.schedule, plain, *task.starts])
+    if found is None:
+        least = smallest_schedule(task)
+        found = judge(task, [least])
+        if found is None:
+            raise infeasible(problem, budget_bytes, least)
+    return _solution(task, replace(answer, schedule=found[0]), solver, begin)
+
+
+def least_peak(
+    problem: Problem,
+    *,
+    max_overhead: float | None = None,
+    time_limit_s: float = 60.0,
+    starts: Sequence[Schedule] = (),
+    progress: Progress | None = None,
+) -> Solution:
+    """The schedule with the least peak that is found, at the least extra time that is found for that peak.
+
+    max_overhead: among those that cost at most this extra time only (0.1: ten percent of the plain step).
+    """
+    begin = time.monotonic()
+    task = Task(problem, 0, tuple(starts), begin + time_limit_s, progress)
+    smallest = smallest_schedule(replace(task, deadline=begin + time_limit_s / 2))
+    low_bytes = simulate(problem, smallest).peak_bytes
+    best = solve(problem, low_bytes, time_limit_s=_left_s(task), starts=(smallest, *starts), progress=progress)
+    if max_overhead is not None and best.timeline.overhead > max_overhead:
+        best = _bisect(task, max_overhead, low_bytes, best)
+    return replace(best, solve_time_s=time.monotonic() - begin)
+
+
+def frontier(
+    problem: Problem,
+    points: int,
+    *,
+    time_limit_s: float = 60.0,
+    starts: Sequence[Schedule] = (),
+    progress: Progress | None = None,
+) -> tuple[Solution, ...]:
+    """`points` schedules at most, from no recompute to the least peak, each with a smaller peak and more extra time.
+
+    time_limit_s: for all together. Budgets lie at equal distances; each search begins from its neighbours' schedules, so a
+    larger budget never costs more extra time.
+    """
+    begin = time.monotonic()
+    deadline = begin + time_limit_s
+    plain = plain_schedule(problem)
+    high_bytes = simulate(problem, plain).peak_bytes
+    found = [solve(problem, high_bytes, time_limit_s=time_limit_s)]
+    least = least_peak(problem, time_limit_s=time_limit_s / points, starts=starts, progress=progress)
+    known = [*starts, least.schedule]
+    low_bytes = least.timeline.peak_bytes
+    for k in range(1, points - 1):
+        budget_bytes = high_bytes - (high_bytes - low_bytes) * k // (points - 1)
+        share_s = max(0.0, deadline - time.monotonic()) / (points - 1 - k)
+        found.append(solve(problem, budget_bytes, time_limit_s=share_s, starts=known, progress=progress))
+        known.append(found[-1].schedule)
+    return _monotone([*found, least])
+
+
+def _monotone(solutions: list[Solution]) -> tuple[Solution, ...]:
+    """From the largest budget to the smallest, without those that another beats in both peak and extra time."""
+    kept: list[Solution] = []
+    for solution in sorted(solutions, key=lambda s: (s.timeline.peak_bytes, s.timeline.overhead)):
+        if not kept or solution.timeline.overhead < kept[-1].timeline.overhead:
+            kept.append(solution)
+    return tuple(reversed(kept))
+
+
+def _bisect(task: Task, max_overhead: float, low_bytes: int, smallest: Solution) -> Solution:
+    """Bisect the budget for the least peak at max_overhead, each schedule a start for the next."""
+    best = solve(task.problem, simulate(task.problem, plain_schedule(task.problem)).peak_bytes, time_limit_s=_left_s(task))
+    starts = [*task.starts, smallest.schedule]
+    for k in range(BISECTIONS):
+        high_bytes = best.timeline.peak_bytes
+        middle = (low_bytes + high_bytes) // 2
+        found = solve(
+            task.problem, middle, time_limit_s=_left_s(task) / (BISECTIONS - k), starts=starts, progress=task.progress
+        )
+        starts.append(found.schedule)
+        if found.timeline.overhead <= max_overhead:
+            best = found
+        else:
+            low_bytes = middle
+    return best
+
+
+def _left_s(task: Task) -> float:
+    return max(0.0, task.deadline - time.monotonic())
+
+
+def _solution(task: Task, answer: Answer, solver: str, begin: float) -> Solution:
+    timeline = simulate(task.problem, answer.schedule)
+    bound = min(answer.lower_bound_overhead, timeline.overhead)
+    status = describe(timeline.overhead, bound, answer.proven or timeline.overhead <= 0, answer.stopped)
+    return Solution(answer.schedule, timeline, bound, status, solver, time.monotonic() - begin, answer.log)

@@ -1,0 +1,27 @@
+"""The least peak that a schedule in program order can be brought to, and the cheapest schedule at that peak.
+
+No schedule goes below what one operator takes with what lives beside it in every schedule; from there up, the search with
+bytes weighed above all finds what can be reached.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ..schedule import Schedule, simulate
+from .base import Task
+from .search import _first, squeeze
+from .stages import compile_problem
+from .state import State, least_possible_bytes
+
+
+def smallest_schedule(task: Task) -> Schedule:
+    """The schedule with the least peak that the search meets, whatever it costs. The task's budget does not matter."""
+    compiled = compile_problem(task.problem)
+    floor_bytes = least_possible_bytes(task.problem, compiled)
+    task = replace(task, budget_bytes=floor_bytes)
+    best = _first(task, compiled, floor_bytes)
+    if best.desired is None:
+        best = squeeze(task, compiled, floor_bytes, best)
+    schedules = [State(compiled, floor_bytes, list(best.smallest)).schedule(), *task.starts]
+    return min(schedules, key=lambda schedule: simulate(task.problem, schedule).peak_bytes)

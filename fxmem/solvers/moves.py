@@ -1,0 +1,214 @@
+"""The moves of the local search: each proposes other wishes for some stages of a State.
+
+Wishes are returned as {stage: bits} and are not applied. A move that finds nothing to do returns {}.
+"""
+
+from __future__ import annotations
+
+import math
+from random import Random
+
+from .stages import Compiled, members
+from .state import State
+
+LONGEST_SEGMENT = 80
+
+
+class Moves:
+    """Draws moves for one compiled problem. State lives in `State`; this holds the tables that the draws use."""
+
+    def __init__(self, compiled: Compiled, rng: Random):
+        self.compiled, self.rng = compiled, rng
+        self.stage_count = len(compiled.stages)
+        self.free = ((1 << len(compiled.sizes)) - 1) & ~compiled.always
+        self.runs = [outputs & self.free for outputs in _forward_outputs(compiled)]
+        self.first_need = _first_needs(compiled)
+        self._outputs = [members(outputs) for outputs in _forward_outputs(compiled)]
+        self.twins = _twins(compiled)
+        self.neighbours = _neighbours(compiled)
+        self.kinds = (self.evict, self.evict, self.keep_recomputed, self.keep_recomputed, self.segment, self.swap, self.copy, self.range)
+
+    def draw(self, state: State) -> dict[int, int]:
+        """One random move."""
+        return self.kinds[int(self.rng.random() * len(self.kinds))](state)
+
+    def evict(self, state: State) -> dict[int, int]:
+        """Drop a carried storage over the gap between two of its uses; where memory is short, by preference."""
+        picked = self._pick_carried(state)
+        return self._clear_gap(state, *picked) if picked else {}
+
+    def keep_recomputed(self, state: State) -> dict[int, int]:
+        """Carry what a recompute makes, or one of its inputs, from when it was last alive."""
+        t = self._pick_recomputing(state)
+        if t is None:
+            return {}
+        again = self.compiled.recomputes[self._pick(state.recomputes[t])]
+        bits = again.inputs if self.rng.random() < 0.25 else again.outputs
+        choices = members(bits & self.free)
+        return self._keep_until(state, t, 1 << self._pick(choices)) if choices else {}
+
+    def swap(self, state: State) -> dict[int, int]:
+        """Carry a neighbour in the graph instead of a storage."""
+        picked = self._pick_carried(state)
+        if not picked:
+            return {}
+        t, bit = picked
+        wishes = self._clear_gap(state, t, bit)
+        others = members(self.neighbours[bit.bit_length() - 1] & self.free)
+        if others:
+            other = 1 << self._pick(others)
+            low, high = (min(wishes), max(wishes)) if self.rng.random() < 0.7 else (0, max(wishes))
+            for u in range(low, high + 1):
+                wishes[u] = wishes.get(u, state.desired[u]) | other
+        return wishes
+
+    def segment(self, state: State) -> dict[int, int]:
+        """Drop a run of forward operators until the backward first needs any of them; keep all of it from then on."""
+        rng, count = self.rng, len(self.runs)
+        length = int(math.exp(rng.random() * math.log(min(LONGEST_SEGMENT, count) + 1)))
+        start = int(rng.random() * (count - length + 1))
+        bits = 0
+        for outputs in self.runs[start : start + length]:
+            bits |= outputs
+        if not bits:
+            return {}
+        first = min(self.first_need[k] for k in members(bits))
+        wishes = {t: state.desired[t] & ~bits for t in range(min(first + 1, self.stage_count))}
+        wishes |= {t: state.desired[t] | bits for t in range(first + 1, self.stage_count)}
+        return {t: w for t, w in wishes.items() if w != state.desired[t]}
+
+    def range(self, state: State) -> dict[int, int]:
+        """Wish for a storage, or not, over a random range of stages."""
+        rng, count = self.rng, self.stage_count
+        bit = 1 << int(rng.random() * len(self.compiled.sizes))
+        if not bit & self.free:
+            return {}
+        first = int(rng.random() * count)
+        last = min(count, first + 1 + int(math.exp(rng.random() * math.log(count))))
+        if rng.random() < 0.5:
+            return {t: state.desired[t] | bit for t in range(first, last) if not state.desired[t] & bit}
+        return {t: state.desired[t] & ~bit for t in range(first, last) if state.desired[t] & bit}
+
+    def copy(self, state: State) -> dict[int, int]:
+        """Treat a run of operators as an equal run elsewhere is treated, shifted to its place in the backward."""
+        if not self.twins:
+            return {}
+        rng = self.rng
+        source, target, length = self._pick(self.twins)
+        offset = int(rng.random() * length)
+        length = min(length - offset, int(math.exp(rng.random() * math.log(LONGEST_SEGMENT))) + 1)
+        wishes: dict[int, int] = {}
+        for i in range(offset, offset + length):
+            for s, d in zip(self._outputs[source + i], self._outputs[target + i], strict=True):
+                self._copy_bit(state, wishes, s, d)
+        return wishes
+
+    def _copy_bit(self, state: State, wishes: dict[int, int], source: int, target: int) -> None:
+        shift = self.first_need[target] - self.first_need[source]
+        source_bit, target_bit, count = 1 << source, 1 << target, self.stage_count
+        if not target_bit & self.free:
+            return
+        for t in range(count):
+            wish = state.desired[min(max(t - shift, 0), count - 1)] & source_bit
+            old = wishes.get(t, state.desired[t])
+            new = old | target_bit if wish else old & ~target_bit
+            if new != old:
+                wishes[t] = new
+
+    def _pick(self, items):
+        return items[int(self.rng.random() * len(items))]
+
+    def _pick_carried(self, state: State) -> tuple[int, int] | None:
+        """A stage and a storage that is carried through it without being used there."""
+        rng, over = self.rng, state.excess_bytes > 0
+        for _ in range(8):
+            t = int(rng.random() * self.stage_count)
+            if over and state.peak_bytes[t] <= state.budget_bytes and rng.random() < 0.8:
+                continue
+            bits = state.live[t] & self.free & ~state.touched[t]
+            count = bits.bit_count()
+            if count:
+                for _ in range(int(rng.random() * count)):
+                    bits &= bits - 1
+                return t, bits & -bits
+        return None
+
+    def _pick_recomputing(self, state: State) -> int | None:
+        for _ in range(12):
+            t = int(self.rng.random() * self.stage_count)
+            if state.recomputes[t]:
+                return t
+        return None
+
+    def _clear_gap(self, state: State, t: int, bit: int) -> dict[int, int]:
+        """Not to carry `bit` from its last use before stage t to its next use."""
+        low = t
+        while low > 0 and not (state.touched[low - 1] | state.made[low - 1]) & bit:
+            low -= 1
+        high = t
+        while high + 1 < self.stage_count and not state.touched[high] & bit:
+            high += 1
+        return {u: state.desired[u] & ~bit for u in range(low, high + 1)}
+
+    def _keep_until(self, state: State, t: int, bit: int) -> dict[int, int]:
+        """To carry `bit` into stage t from where it was last alive, or from the forward."""
+        low = t
+        while low > 0 and not (state.alive[low - 1] | state.made[low - 1]) & bit:
+            low -= 1
+        return {u: state.desired[u] | bit for u in range(low, t + 1) if not state.desired[u] & bit}
+
+
+def _first_needs(compiled: Compiled) -> list[int]:
+    """For each storage the first stage that reads it; where none does, that of the nearest storage made before it."""
+    first = [-1] * len(compiled.sizes)
+    for t in range(len(compiled.stages) - 1, -1, -1):
+        for k in members(compiled.stages[t].needs):
+            first[k] = t
+    known = len(compiled.stages) - 1
+    for k, t in enumerate(first):
+        known = first[k] = t if t >= 0 else known
+    return first
+
+
+def _neighbours(compiled: Compiled) -> list[int]:
+    """For each storage the inputs of what makes it and the outputs of what reads it."""
+    found = [0] * len(compiled.sizes)
+    for again in compiled.recomputes.values():
+        for k in members(again.outputs):
+            found[k] |= again.inputs
+        for k in members(again.inputs):
+            found[k] |= again.outputs
+    return found
+
+
+def _forward_outputs(compiled: Compiled) -> list[int]:
+    bit = {s: 1 << k for k, s in enumerate(compiled.storages)}
+    problem = compiled.problem
+    return [sum(bit.get(s, 0) for s in problem.operators[p].outputs) for p in problem.forward]
+
+
+def _twins(compiled: Compiled) -> list[tuple[int, int, int]]:
+    """Runs of forward operators that repeat: (start of one, start of the other, length), both ways, longest possible."""
+    problem, window = compiled.problem, 4
+    sizes = [s.size_bytes for s in problem.storages]
+    marks = []
+    for p in problem.forward:
+        o = problem.operators[p]
+        made = tuple((sizes[s], s in problem.outputs) for s in o.outputs)
+        marks.append((tuple(sizes[s] for s in o.inputs), made, o.time_s))
+    places: dict[tuple, list[int]] = {}
+    for start in range(len(marks) - window + 1):
+        places.setdefault(tuple(marks[start : start + window]), []).append(start)
+    found, seen = [], set()
+    for starts in places.values():
+        for a, b in zip(starts, starts[1:], strict=False):
+            while a > 0 and marks[a - 1] == marks[b - 1]:
+                a, b = a - 1, b - 1
+            if (a, b) in seen:
+                continue
+            seen.add((a, b))
+            length = 0
+            while b + length < len(marks) and marks[a + length] == marks[b + length]:
+                length += 1
+            found += [(a, b, length), (b, a, length)]
+    return found

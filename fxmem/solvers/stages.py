@@ -1,0 +1,213 @@
+"""A Problem compiled for the search: backward stages, and sets of forward storages as Python integers.
+
+Only storages that the forward makes, and that do not live to the end, are a matter of choice; each has one bit. Everything
+else (gradients, outputs, what is fixed) lives at the same times in every schedule, so it is a constant of each moment.
+A *stage* is one backward operator that reads such storages, together with the operators before it that read none: what is
+recomputed for it runs just before it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..problem import Operator, Problem
+
+ALWAYS_KEPT_FRACTION = 1e-3  # storages this small in sum are not worth a decision: kept until their last use
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Constants of one backward stage; bytes without the forward storages that the bits stand for.
+
+    operators: the stage's backward operators; all but the last read no forward storage.
+    needs: bits that the last operator reads (0 in a last stage that reads nothing).
+    head_bytes: most bytes during the operators before the recomputes; between_bytes: while the recomputes run;
+    during_bytes: while the last operator runs. inplace: (bit of the input, or 0 where it surely dies, bytes saved).
+    """
+
+    operators: tuple[int, ...]
+    needs: int
+    head_bytes: int
+    between_bytes: int
+    during_bytes: int
+    inplace: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Recompute:
+    """What running one forward operator or variant again takes. extra_bytes: workspace, and outputs made a second time."""
+
+    time_s: float
+    inputs: int
+    outputs: int
+    extra_bytes: int
+    inplace: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A Problem in stages.
+
+    storages[k]: the storage that bit k stands for, in the order in which the forward makes them; sizes[k]: its bytes.
+    always: bits that are kept until their last use: too small to matter, or impossible to make again.
+    makers[k]: operators that can make bit k again. late_inputs[p]: inputs of variant p that the forward makes later than its
+    outputs: it is used only where they are alive.
+    forward_bytes[i]: bytes during forward operator i if nothing were carried into the backward and nothing ran in place;
+    last_use[k]: the last forward operator that uses bit k; forward_inplace[i]: as in Stage.
+    """
+
+    problem: Problem
+    storages: tuple[int, ...]
+    sizes: tuple[int, ...]
+    always: int
+    stages: tuple[Stage, ...]
+    recomputes: dict[int, Recompute]
+    makers: tuple[tuple[int, ...], ...]
+    late_inputs: dict[int, int]
+    forward_bytes: tuple[int, ...]
+    last_use: tuple[int, ...]
+    forward_inplace: tuple[tuple[tuple[int, int], ...], ...]
+
+    def bytes_of(self, bits: int) -> int:
+        """Bytes of a set of storages."""
+        return sum(self.sizes[k] for k in members(bits))
+
+
+def members(bits: int) -> list[int]:
+    """The bit numbers in a set, in increasing order."""
+    found = []
+    while bits:
+        low = bits & -bits
+        found.append(low.bit_length() - 1)
+        bits ^= low
+    return found
+
+
+def compile_problem(problem: Problem) -> Compiled:
+    """Split the backward into stages and every operator's storages into bits and constants."""
+    made = [s for index in problem.forward for s in problem.operators[index].outputs]
+    storages = tuple(s for s in made if s not in problem.outputs)
+    bit = {s: 1 << k for k, s in enumerate(storages)}
+    sizes = tuple(problem.storages[s].size_bytes for s in storages)
+    last_use = _last_forward_use(problem, storages)
+    again = [p for p in (*problem.forward, *problem.variants) if problem.operators[p].recomputable]
+    recomputes = {p: _recompute(problem, problem.operators[p], bit) for p in again}
+    late = {p: _late_inputs(problem, p, bit) for p in again}
+    makers = tuple(tuple(p for p in problem.producers[s] if p in recomputes) for s in storages)
+    always = _impossible(makers, late) | _small(problem, sizes)
+    forward_bytes = _forward_bytes(problem, storages, last_use)
+    pairs = tuple(_pairs(problem, problem.operators[i], bit, lambda s: False) for i in problem.forward)
+    return Compiled(
+        problem, storages, sizes, always, _stages(problem, bit), recomputes, makers, late, forward_bytes, last_use, pairs
+    )
+
+
+def _bits(storages: tuple[int, ...], bit: dict[int, int]) -> int:
+    found = 0
+    for storage in storages:
+        found |= bit.get(storage, 0)
+    return found
+
+
+def _pairs(problem: Problem, operator: Operator, bit: dict[int, int], dies) -> tuple[tuple[int, int], ...]:
+    """In-place pairs in order, as far as any can be used; `dies` tells of inputs without a bit whether they die."""
+    sizes = problem.storages
+    found = []
+    for source, target in operator.inplace:
+        if source in bit:
+            found.append((bit[source], min(sizes[source].size_bytes, sizes[target].size_bytes)))
+        elif dies(source):
+            found.append((0, min(sizes[source].size_bytes, sizes[target].size_bytes)))
+            break
+    return tuple(found)
+
+
+def _recompute(problem: Problem, operator: Operator, bit: dict[int, int]) -> Recompute:
+    again = [s for s in operator.outputs if s not in bit]
+    extra_bytes = operator.workspace_bytes + sum(problem.storages[s].size_bytes for s in again)
+    pairs = tuple(
+        (bit[i], min(problem.storages[i].size_bytes, problem.storages[o].size_bytes))
+        for i, o in operator.inplace
+        if i in bit and o not in again
+    )
+    return Recompute(operator.again_s, _bits(operator.inputs, bit), _bits(operator.outputs, bit), extra_bytes, pairs)
+
+
+def _late_inputs(problem: Problem, index: int, bit: dict[int, int]) -> int:
+    """Inputs of a variant that the forward makes only after the variant's outputs; none for a forward operator."""
+    if index < problem.num_forward:
+        return 0
+    operator = problem.operators[index]
+    first = min(problem.producers[s][0] for s in operator.outputs)
+    return _bits(tuple(s for s in operator.inputs if s in bit and problem.producers[s][0] > first), bit)
+
+
+def _impossible(makers: tuple[tuple[int, ...], ...], late: dict[int, int]) -> int:
+    """Storages that no operator can be sure to make again."""
+    return sum(1 << k for k, options in enumerate(makers) if all(late[p] for p in options))
+
+
+def _small(problem: Problem, sizes: tuple[int, ...]) -> int:
+    allowance = ALWAYS_KEPT_FRACTION * sum(sizes)
+    bits = 0
+    for k in sorted(range(len(sizes)), key=sizes.__getitem__):
+        allowance -= sizes[k]
+        if allowance < 0:
+            break
+        bits |= 1 << k
+    return bits
+
+
+def _last_forward_use(problem: Problem, storages: tuple[int, ...]) -> tuple[int, ...]:
+    last = {}
+    for index in problem.forward:
+        operator = problem.operators[index]
+        last.update(dict.fromkeys((*operator.inputs, *operator.outputs), index))
+    return tuple(last[s] for s in storages)
+
+
+def _forward_bytes(problem: Problem, storages: tuple[int, ...], last_use: tuple[int, ...]) -> tuple[int, ...]:
+    last = dict(zip(storages, last_use, strict=True))
+    change = [0] * (problem.num_forward + 1)
+    for index in problem.forward:
+        for s in problem.operators[index].outputs:
+            change[index] += problem.storages[s].size_bytes
+            change[last.get(s, problem.num_forward - 1) + 1] -= problem.storages[s].size_bytes
+    now, found = problem.fixed_bytes, []
+    for index in problem.forward:
+        now += change[index]
+        found.append(now + problem.operators[index].workspace_bytes)
+    return tuple(found)
+
+
+def _stages(problem: Problem, bit: dict[int, int]) -> tuple[Stage, ...]:
+    """Walk the backward once, with what lives there in every schedule."""
+    last = {}
+    for index in problem.backward:
+        operator = problem.operators[index]
+        last.update(dict.fromkeys((*operator.inputs, *operator.outputs), index))
+    forward_made = {s for i in problem.forward for s in problem.operators[i].outputs}
+    size = [s.size_bytes for s in problem.storages]
+    now = problem.fixed_bytes + sum(size[s] for s in forward_made if s not in bit)
+    stages, head, operators = [], 0, []
+    for index in problem.backward:
+        operator = problem.operators[index]
+        made_here = set(operator.outputs)
+        dying = {
+            s
+            for s in (*operator.inputs, *operator.outputs)
+            if last[s] == index and s not in bit and s not in problem.outputs and problem.producers[s]
+        }
+        between, now = now, now + sum(size[s] for s in made_here)
+        during, needs = now + operator.workspace_bytes, _bits(operator.inputs, bit)
+        pairs = _pairs(problem, operator, bit, dying.__contains__)
+        now -= sum(size[s] for s in dying)
+        operators.append(index)
+        if needs:
+            stages.append(Stage(tuple(operators), needs, head, between, during, pairs))
+            head, operators = 0, []
+        else:
+            head = max(head, during - (pairs[0][1] if pairs else 0))
+    if operators or not stages:
+        stages.append(Stage(tuple(operators), 0, head, now, now, ()))
+    return tuple(stages)

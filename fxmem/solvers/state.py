@@ -1,0 +1,302 @@
+"""What the search moves through, and its exact incremental evaluation.
+
+A state says for every stage which forward storages one would like to carry into it. Its meaning is *recompute just in
+time*: each stage makes what its operator reads and does not find, in post-order, and everything is freed at its last use,
+as `fxmem.schedule.simulate` does. So any state is a valid schedule, and the wish to keep what is never used costs nothing.
+"""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from operator import add
+
+from ..problem import Problem
+from ..schedule import Schedule
+from .stages import Compiled, members
+
+LOOKAHEAD = 60  # recomputes deep into which the cost of a storage with several makers is worked out
+
+
+class State:
+    """Desired carries for each stage, what follows from them, and an undo log for the last change.
+
+    desired[t], alive[t]: storages wished for and found when stage t begins; recomputes[t]: operators run again in it, in order;
+    touched[t]: storages whose presence decided that; made[t]: what they make; live[t]: what is in truth carried into stage t,
+    of live_bytes[t] bytes; peak_bytes[t]: most bytes in it. time_s: sum over all recomputes. excess_bytes: sum over the stages
+    and the forward of what they need beyond budget_bytes.
+    """
+
+    def __init__(self, compiled: Compiled, budget_bytes: int, desired: list[int] | None = None):
+        self.compiled = compiled
+        self.everything = (1 << len(compiled.sizes)) - 1
+        self._sizes = {1 << k: size for k, size in enumerate(compiled.sizes)} | {0: 0}
+        self._table = {p: (r.inputs, r.outputs, r.extra_bytes, r.inplace) for p, r in compiled.recomputes.items()}
+        self._needs = [s.needs for s in compiled.stages]
+        self._maker = {1 << k: options[0] if len(options) == 1 else None for k, options in enumerate(compiled.makers)}
+        self._walks: list[dict] = [{} for _ in compiled.stages]
+        self.reset(desired or [self.everything] * len(compiled.stages), budget_bytes)
+
+    def reset(self, desired: list[int], budget_bytes: int) -> None:
+        """Evaluate a state from nothing."""
+        count = len(self.compiled.stages)
+        self.budget_bytes = budget_bytes
+        self.desired = [bits | self.compiled.always for bits in desired]
+        self.alive, self.touched, self.made, self.live = ([0] * count for _ in range(4))
+        self.recomputes: list[tuple[int, ...]] = [()] * count
+        self.seconds = [0.0] * count
+        self.live_bytes, self.peak_bytes, self._excess = ([0] * count for _ in range(3))
+        self.time_s, self.excess_bytes = 0.0, 0
+        self._change = [0] * (len(self.compiled.forward_bytes) + 1)
+        self._base = [
+            b - self._saved_bytes(i, 0) for i, b in enumerate(self.compiled.forward_bytes)
+        ]
+        self._carried = 0
+        self.forward_peak_bytes = max(self._base, default=0)
+        self._forward_excess = 0
+        self._log: list[tuple] = []
+        for t in range(count):
+            self.alive[t] = self.desired[t] if t == 0 else (self.alive[t - 1] | self.made[t - 1]) & self.desired[t]
+            self._enter(t)
+        self.time_s = sum(self.seconds)
+        self._settle(count - 1, 0, everywhere=True)
+        self._log.clear()
+
+    @property
+    def worst_bytes(self) -> int:
+        """The schedule's peak."""
+        return max(self.forward_peak_bytes, *self.peak_bytes)
+
+    def change(self, wishes: dict[int, int]) -> None:
+        """Replace desired[t] by wishes[t]; `undo` takes it back as long as `keep` was not called."""
+        desired, log, always = self.desired, self._log, self.compiled.always
+        log.append(("totals", self.time_s, self.excess_bytes))
+        for t, bits in wishes.items():
+            log.append(("desired", t, desired[t]))
+            desired[t] = bits | always
+        if not wishes:
+            return
+        dirty_low, dirty_high = self._spread(min(wishes), max(wishes))
+        if dirty_high >= 0:
+            self._settle(dirty_high, dirty_low)
+
+    def keep(self) -> None:
+        """Accept all changes since the last `keep` or `undo`."""
+        self._log.clear()
+
+    def undo(self) -> None:
+        """Take back all changes since the last `keep` or `undo`."""
+        log = self._log
+        while log:
+            entry = log.pop()
+            name = entry[0]
+            if name == "back":
+                _, t, self.live[t], self.live_bytes[t], self.peak_bytes[t], self._excess[t] = entry
+            elif name == "alive":
+                _, t, self.alive[t] = entry
+            elif name == "walk":
+                _, t, self.recomputes[t], self.seconds[t], self.touched[t], self.made[t] = entry
+            elif name == "desired":
+                _, t, self.desired[t] = entry
+            elif name == "totals":
+                _, self.time_s, self.excess_bytes = entry
+            else:
+                _, carried, self.forward_peak_bytes, self._forward_excess = entry
+                self._carry(carried)
+
+    def schedule(self) -> Schedule:
+        """The steps that the state stands for."""
+        steps = list(self.compiled.problem.forward)
+        for stage, again in zip(self.compiled.stages, self.recomputes, strict=True):
+            steps += (*stage.operators[:-1], *again, *stage.operators[-1:])
+        return Schedule(tuple(steps))
+
+    def _spread(self, first: int, last: int) -> tuple[int, int]:
+        """Forward over the stages from the first wish that changed: the lowest and highest stage that now recomputes otherwise."""
+        alive, made, desired, touched, log = self.alive, self.made, self.desired, self.touched, self._log
+        low, high = len(alive), -1
+        for t in range(first, len(alive)):
+            found = (alive[t - 1] | made[t - 1]) & desired[t] if t else desired[0]
+            old = alive[t]
+            if found == old:
+                if t > last:
+                    break
+                continue
+            log.append(("alive", t, old))
+            alive[t] = found
+            if (found ^ old) & touched[t]:
+                log.append(("walk", t, self.recomputes[t], self.seconds[t], touched[t], made[t]))
+                before = self.recomputes[t]
+                self.time_s -= self.seconds[t]
+                self._enter(t)
+                self.time_s += self.seconds[t]
+                if self.recomputes[t] != before:
+                    low, high = min(low, t), t
+        return low, high
+
+    def _enter(self, t: int) -> None:
+        """Find what stage t recomputes from what it finds alive."""
+        memo, alive = self._walks[t], self.alive[t]
+        for touched, present, found in memo.get(self._needs[t] & alive, ()):
+            if alive & touched == present:
+                break
+        else:
+            found = self._walk(self._needs[t], alive)
+            if len(memo) > 200:
+                memo.clear()
+            entries = memo.setdefault(self._needs[t] & alive, [])
+            if len(entries) > 8:
+                del entries[0]
+            entries.append((found[2], alive & found[2], found))
+        self.recomputes[t], self.seconds[t], self.touched[t], self.made[t] = found
+
+    def _walk(self, needs: int, have: int) -> tuple[tuple[int, ...], float, int, int]:
+        """Post-order over what is missing: operators, their seconds, all that was looked at, all that is made."""
+        touched, made, order, seconds = needs, 0, [], 0.0
+        missing = needs & ~have
+        table, recomputes = self._table, self.compiled.recomputes
+        while missing:
+            stack = [self._choose(1 << (missing.bit_length() - 1), have)]
+            while stack:
+                index, looked = stack[-1]
+                touched |= looked
+                inputs, outputs, _, _ = table[index]
+                touched |= inputs
+                lacking = inputs & ~have
+                if lacking:
+                    stack.append(self._choose(1 << (lacking.bit_length() - 1), have))
+                    continue
+                stack.pop()
+                order.append(index)
+                seconds += recomputes[index].time_s
+                have |= outputs
+                made |= outputs
+            missing = needs & ~have
+        return tuple(order), seconds, touched, made
+
+    def _choose(self, bit: int, have: int) -> tuple[int, int]:
+        """The cheapest maker of a storage, given what is there; and what was looked at to know."""
+        only = self._maker[bit]
+        if only is not None:
+            return only, 0
+        looked = 0
+        known: dict[int, tuple[float, int]] = {}
+
+        def cost(bit: int, depth: int) -> tuple[float, int]:
+            nonlocal looked
+            if bit in known:
+                return known[bit]
+            best = (float("inf"), -1)
+            for index in self.compiled.makers[bit.bit_length() - 1]:
+                again, late = self.compiled.recomputes[index], self.compiled.late_inputs[index]
+                looked |= late
+                if late & ~have:
+                    continue
+                looked |= again.inputs
+                total = again.time_s
+                if depth:
+                    total += sum(cost(1 << k, depth - 1)[0] for k in members(again.inputs & ~have))
+                best = min(best, (total, index))
+            known[bit] = best
+            return best
+
+        return cost(bit, LOOKAHEAD)[1], looked
+
+    def _settle(self, high: int, low: int, everywhere: bool = False) -> None:
+        """Backward over the stages from the highest that recomputes otherwise, until what is live agrees again."""
+        live, live_bytes, peaks, excesses, log = self.live, self.live_bytes, self.peak_bytes, self._excess, self._log
+        for t in range(high, -1, -1):
+            after, after_bytes = (live[t + 1], live_bytes[t + 1]) if t + 1 < len(live) else (0, 0)
+            now_live, now_bytes, peak = self._replay(t, after, after_bytes)
+            log.append(("back", t, live[t], live_bytes[t], peaks[t], excesses[t]))
+            excess = peak - self.budget_bytes
+            if excess < 0:
+                excess = 0
+            self.excess_bytes += excess - excesses[t]
+            agrees = live[t] == now_live
+            live[t], live_bytes[t], peaks[t], excesses[t] = now_live, now_bytes, peak, excess
+            if agrees and t <= low and not everywhere:
+                return
+        log.append(("forward", self._carried, self.forward_peak_bytes, self._forward_excess))
+        self._carry(live[0])
+        self.forward_peak_bytes = max(map(add, self._base, accumulate(self._change)), default=0)
+        excess = max(0, self.forward_peak_bytes - self.budget_bytes)
+        self.excess_bytes += excess - self._forward_excess
+        self._forward_excess = excess
+
+    def _size(self, bits: int) -> int:
+        size = self._sizes.get(bits)
+        if size is None:
+            size = self._sizes[bits] = self.compiled.bytes_of(bits)
+        return size
+
+    def _replay(self, t: int, live: int, live_bytes: int) -> tuple[int, int, int]:
+        """Stage t in reverse, from what is live after it: what is live before it, its bytes, and the stage's peak."""
+        stage, size = self.compiled.stages[t], self._size
+        peak = stage.during_bytes
+        for bit, saved in stage.inplace:
+            if not live & bit:
+                peak -= saved
+                break
+        live_bytes += size(stage.needs & ~live)
+        live |= stage.needs
+        peak += live_bytes
+        between = stage.between_bytes
+        for index in reversed(self.recomputes[t]):
+            inputs, outputs, extra, inplace = self._table[index]
+            during = between + live_bytes + extra + size((inputs | outputs) & ~live)
+            for bit, saved in inplace:
+                if not live & bit:
+                    during -= saved
+                    break
+            if during > peak:
+                peak = during
+            live_bytes += size(inputs & ~live) - size(outputs & live)
+            live = (live & ~outputs) | inputs
+        return live, live_bytes, max(peak, stage.head_bytes + live_bytes)
+
+    def _saved_bytes(self, index: int, carried: int) -> int:
+        """Bytes that forward operator `index` saves in place, where `carried` goes on into the backward."""
+        for bit, saved in self.compiled.forward_inplace[index]:
+            if self.compiled.last_use[bit.bit_length() - 1] == index and not carried & bit:
+                return saved
+        return 0
+
+    def _carry(self, carried: int) -> None:
+        """Change what the forward hands over, and with it the forward's bytes."""
+        changed, before = carried ^ self._carried, self._carried
+        self._carried = carried
+        for k in members(changed):
+            size, last = self.compiled.sizes[k], self.compiled.last_use[k]
+            self._change[last + 1] += size if carried >> k & 1 else -size
+        for index in {self.compiled.last_use[k] for k in members(changed)}:
+            self._base[index] += self._saved_bytes(index, before) - self._saved_bytes(index, carried)
+
+
+def desires(compiled: Compiled, schedule: Schedule) -> list[int]:
+    """The state nearest to a given schedule: what lives in it when each stage begins."""
+    problem, bit = compiled.problem, {s: 1 << k for k, s in enumerate(compiled.storages)}
+    stage_of = {index: t for t, stage in enumerate(compiled.stages) for index in stage.operators}
+    found, live, stage = [0] * len(compiled.stages), 0, len(compiled.stages) - 1
+    for index in reversed(schedule.steps[problem.num_forward :]):
+        if index in stage_of and stage_of[index] < stage:
+            found[stage] = live
+            stage = stage_of[index]
+        operator = problem.operators[index]
+        for s in operator.outputs:
+            live &= ~bit.get(s, 0)
+        for s in operator.inputs:
+            live |= bit.get(s, 0)
+    found[stage] = live
+    return found
+
+
+def least_possible_bytes(problem: Problem, compiled: Compiled) -> int:
+    """Bytes below which no schedule in program order goes: each operator alone, with what lives beside it in every schedule."""
+    low = 0
+    for stage in compiled.stages:
+        saved = max((s for _, s in stage.inplace), default=0)
+        low = max(low, stage.head_bytes, stage.during_bytes + compiled.bytes_of(stage.needs) - saved)
+    for index, bytes_ in enumerate(compiled.forward_bytes):
+        saved = max((s for bit, s in compiled.forward_inplace[index]), default=0)
+        low = max(low, bytes_ - saved)
+    return low
