@@ -5,13 +5,16 @@ dynamo_graph        one torch-level graph of any nn.Module            torch._dyn
 what the joint graph's placeholders and outputs mean                  torch._functorch._aot_autograd.descriptors
 pytree                                                                torch.utils._pytree
 fake tensors                                                          torch._subclasses.fake_tensor
+cpu_memory_events   the CPU allocator's events, by the profiler       kineto_results of torch.autograd.profiler
+TorchDispatchMode                                                     torch.utils._python_dispatch
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -21,9 +24,11 @@ from torch._dynamo import config as dynamo_config
 from torch._functorch._aot_autograd import descriptors
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = [
-    "FakeTensor", "FakeTensorMode", "dynamo_graph", "fake_mode_of", "input_role", "joint_graph", "output_role", "pytree", "restore_rng",
+    "FakeTensor", "FakeTensorMode", "TorchDispatchMode", "cpu_memory_events", "dynamo_graph", "fake_mode_of", "input_role", "joint_graph",
+    "output_role", "pytree", "restore_rng",
 ]  # fmt: skip
 
 
@@ -99,3 +104,26 @@ def output_role(desc: Any) -> tuple[str, Any] | None:
         case descriptors.GradAOTOutput(grad_of=source):
             return "gradient", input_role(source)
     return None
+
+
+def storage_key(tensor: torch.Tensor) -> int:
+    """What two tensors over the same storage have in common, for as long as one of them lives."""
+    return tensor.untyped_storage()._cdata
+
+
+def cpu_memory_events(run: Callable[[], Any]) -> tuple[Any, list[int]]:
+    """Run `run()`; its result, and the signed bytes of every allocation and release on the CPU meanwhile, in time order.
+
+    The profiler's tracing library announces each start on stderr unless its log level forbids it.
+    """
+    level = os.environ.get("KINETO_LOG_LEVEL")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "9")
+    try:
+        with torch.autograd.profiler.profile(use_kineto=False, profile_memory=True) as profiler:
+            result = run()
+    finally:
+        if level is None:
+            os.environ.pop("KINETO_LOG_LEVEL", None)
+    events = profiler.kineto_results.events()
+    memory = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]" and e.device_type() == torch.autograd.DeviceType.CPU]
+    return result, [size for _, size in sorted(memory, key=lambda event: event[0])]

@@ -1,0 +1,107 @@
+"""What every cost model shares: the call of one operator on fake tensors, and what it costs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import fx
+
+from ..errors import CostError
+from ..torch_internals import pytree
+
+
+@dataclass(frozen=True)
+class OpCost:
+    """Cost of one run of one operator.
+
+    time_s: seconds.
+    workspace_bytes: the most bytes that it holds while it runs, above its inputs and its outputs.
+    """
+
+    time_s: float
+    workspace_bytes: int
+
+
+@dataclass(frozen=True)
+class OpCall:
+    """One call of an operator: its target, and tensors (fake or meta) or plain values as arguments and results."""
+
+    target: Any
+    args: tuple
+    kwargs: dict = field(default_factory=dict)
+    out: Any = None
+
+    @property
+    def packet(self) -> Any:
+        """The operator without its overload: aten.add for aten.add.Tensor; None for what is no dispatcher operator."""
+        return getattr(self.target, "overloadpacket", None)
+
+    @property
+    def inputs(self) -> list[torch.Tensor]:
+        return list(_tensors((self.args, self.kwargs)))
+
+    @property
+    def outputs(self) -> list[torch.Tensor]:
+        return list(_tensors(self.out))
+
+    @property
+    def new_output_bytes(self) -> int:
+        """Bytes of the storages that the call makes: outputs that alias no input, each storage once."""
+        given = {storage_key(t) for t in self.inputs}
+        made = {storage_key(t): t.untyped_storage().nbytes() for t in self.outputs}
+        return sum(size for key, size in made.items() if key not in given)
+
+    @property
+    def is_alias(self) -> bool:
+        """True for what moves no data: views, and picking one of several results."""
+        if isinstance(self.target, torch._ops.OpOverload):
+            if self.target.is_view or self.packet is torch.ops.aten._unsafe_view:
+                return True
+            return not self.target._schema.is_mutable and bool(self.outputs) and self.new_output_bytes == 0 and not self._empty
+        return getattr(self.target, "__name__", "") == "getitem"
+
+    @property
+    def _empty(self) -> bool:
+        return all(t.numel() == 0 for t in self.outputs)
+
+
+def call_of(node: fx.Node) -> OpCall:
+    """The call that `node` (a call_function) makes, from the fake values in `meta["val"]` of it and of its arguments.
+
+    Raises CostError, naming the node, where a value is missing.
+    """
+
+    def value(argument: fx.Node) -> Any:
+        if "val" not in argument.meta:
+            raise CostError(
+                f"node {node.name!r} cannot be costed: {argument.name!r} carries no meta['val']; run the shape propagation pass first"
+            )
+        return argument.meta["val"]
+
+    args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), value)
+    return OpCall(node.target, tuple(args), dict(kwargs), value(node))
+
+
+def storage_key(tensor: torch.Tensor) -> int:
+    """Identity of the storage behind `tensor`: equal for aliases, as long as one of them lives."""
+    return tensor.untyped_storage()._cdata
+
+
+def _tensors(tree: Any) -> Iterator[torch.Tensor]:
+    return (leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor))
+
+
+@runtime_checkable
+class CostModel(Protocol):
+    """Anything with a name that tells the cost of a node, and of a call that is no node."""
+
+    name: str
+
+    def cost(self, node: fx.Node) -> OpCost:
+        """Cost of a call_function node whose arguments and result carry fake tensors in `meta["val"]`."""
+
+    def cost_of_call(self, call: OpCall) -> OpCost:
+        """Cost of one operator call on fake tensors."""

@@ -1,0 +1,151 @@
+"""Measured costs: each different operator is run alone, on the device it will run on, on operands of its own.
+
+One operator's memory at a time is needed, so a model that does not fit can still be measured for. Two calls are the same
+operator when target, shapes, strides, types, devices, aliasing and plain arguments are equal; results are kept for the
+process. The random number generators are left as they were.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..errors import CostError
+from ..torch_internals import cpu_memory_events, pytree
+from .base import OpCall, OpCost, call_of, storage_key
+from .operands import real_operands
+from .roofline import RooflineCost
+
+log = logging.getLogger(__name__)
+
+MIN_RUNS, MAX_RUNS = 3, 15
+SECONDS_PER_OPERATOR = 0.03  # short operators are repeated up to this long, which steadies their median
+
+_measured: dict[tuple, OpCost | None] = {}
+
+
+class MeasuredCost:
+    """Cost model that times operators on `device` (a device without an index means the current one).
+
+    What cannot run alone (no dispatcher operator, or one that raises on made-up operands) is costed by the roofline, and
+    logged once.
+    """
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._roofline = RooflineCost("cpu" if device.type != "cuda" else "H100")
+        self.name = "measured"
+
+    def cost(self, node: fx.Node) -> OpCost:
+        """Measured cost of a call_function node; CostError, naming it, where a value is missing or the cost is no number."""
+        cost = self.cost_of_call(call_of(node))
+        if not (math.isfinite(cost.time_s) and cost.time_s >= 0 and cost.workspace_bytes >= 0):
+            raise CostError(f"node {node.name!r} ({node.target}) measured as {cost}; costs must be finite and not negative")
+        return cost
+
+    def cost_of_call(self, call: OpCall) -> OpCost:
+        """Measured cost of one operator call on fake tensors."""
+        if call.is_alias or not call.outputs:
+            return OpCost(0.0, 0)
+        key = (_signature(call), self._device, torch.get_num_threads())
+        if key not in _measured:
+            _measured[key] = self._measure(call)
+        return _measured[key] or self._roofline.cost_of_call(call)
+
+    def _measure(self, call: OpCall) -> OpCost | None:
+        """Run `call` alone; None, with a word in the log, where that cannot be done."""
+        if not isinstance(call.target, torch._ops.OpOverload):
+            log.info("%s is no dispatcher operator; its cost comes from the roofline", call.target)
+            return None
+        devices = [t.device for t in (*call.inputs, *call.outputs) if t.device.type == "cuda"]
+        device = devices[0] if devices else self._device
+        try:
+            with torch.random.fork_rng(_cuda_indices(device)), torch.no_grad():
+                return _run_alone(call, device)
+        except (RuntimeError, ValueError, IndexError, TypeError, NotImplementedError) as error:
+            log.info("%s cannot run alone (%s); its cost comes from the roofline", call.target, str(error).split("\n")[0])
+            return None
+
+
+def _cuda_indices(device: torch.device) -> list[int]:
+    if device.type != "cuda":
+        return []
+    return [torch.cuda.current_device() if device.index is None else device.index]
+
+
+def _run_alone(call: OpCall, device: torch.device) -> OpCost:
+    """Workspace from a first run, which also warms up; then the median of a few timed ones."""
+    args, kwargs = real_operands(call, device)
+
+    def run() -> Any:
+        return call.target(*args, **kwargs)
+
+    on_cuda = device.type == "cuda"
+    workspace = _cuda_workspace(run) if on_cuda else _cpu_workspace(run, call.new_output_bytes)
+    return OpCost(_median_s(lambda: _cuda_seconds(run) if on_cuda else _cpu_seconds(run)), workspace)
+
+
+def _median_s(seconds: Callable[[], float]) -> float:
+    first = seconds()
+    count = min(MAX_RUNS, max(MIN_RUNS, int(SECONDS_PER_OPERATOR / max(first, 1e-9))))
+    return statistics.median(seconds() for _ in range(count))
+
+
+def _cpu_seconds(run: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    result = run()
+    seconds = time.perf_counter() - start
+    del result
+    return seconds
+
+
+def _cpu_workspace(run: Callable[[], Any], output_bytes: int) -> int:
+    """The highest running sum of the allocator's events, less the outputs."""
+    _, events = cpu_memory_events(run)
+    running = peak = 0
+    for size in events:
+        running += size
+        peak = max(peak, running)
+    return max(0, peak - output_bytes)
+
+
+def _cuda_seconds(run: Callable[[], Any]) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def _cuda_workspace(run: Callable[[], Any]) -> int:
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    result = run()
+    torch.cuda.synchronize()
+    peak, after = torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()
+    del result
+    return max(0, peak - max(after, before))
+
+
+def _signature(call: OpCall) -> tuple:
+    """What makes two calls the same operator: equal for equal work, hashable."""
+    storages: dict[int, int] = {}
+
+    def describe(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor):
+            return repr(leaf)
+        alias = storages.setdefault(storage_key(leaf), len(storages))
+        return leaf.dtype, leaf.device, tuple(leaf.shape), leaf.stride(), leaf.storage_offset() % 16, alias
+
+    leaves, spec = pytree.tree_flatten((call.args, call.kwargs))
+    return str(call.target), tuple(describe(leaf) for leaf in leaves), str(spec)

@@ -1,0 +1,70 @@
+"""Roofline costs (Williams, Waterman and Patterson, 2009): an operator takes as long as its arithmetic at the device's
+peak or its memory traffic at the device's bandwidth, whichever is longer, plus a launch. Nothing is executed, so any device
+of the table can be planned for from any machine."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import fx
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+from .base import OpCall, OpCost, call_of
+from .devices import Device, device_table
+from .workspace import workspace_bytes
+
+aten = torch.ops.aten
+ALLOCATIONS = {aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided}
+LOOKUPS = {aten.embedding, aten.index, aten.index_select, aten.gather}  # read as much of their table as they return
+CONVOLUTIONS = {aten.convolution, aten.convolution_backward, aten._convolution, aten.cudnn_convolution}
+
+
+class RooflineCost:
+    """Cost model from operation counts, bytes moved and the device table.
+
+    device: a row's name ("P100", "V100", "A100", "H100", "H200", "cpu").
+    """
+
+    def __init__(self, device: str):
+        self._device: Device = device_table(device)
+        self.name = device
+
+    def cost(self, node: fx.Node) -> OpCost:
+        """Roofline cost of a call_function node; CostError where its values are missing."""
+        return self.cost_of_call(call_of(node))
+
+    def cost_of_call(self, call: OpCall) -> OpCost:
+        """Roofline cost of one operator call on fake tensors."""
+        if call.is_alias or call.packet in ALLOCATIONS or not call.outputs:
+            return OpCost(0.0, 0)
+        device = self._device
+        dtype = next((t.dtype for t in call.inputs if t.is_floating_point()), torch.float32)
+        arithmetic_s = flops(call) / device.flops_per_s(dtype, convolution=call.packet in CONVOLUTIONS)
+        traffic_s = moved_bytes(call) / device.bytes_per_s
+        return OpCost(max(arithmetic_s, traffic_s) + device.launch_s, workspace_bytes(call))
+
+
+def flops(call: OpCall) -> int:
+    """Floating point operations of `call`: PyTorch's own formulas, else one for each element read or written."""
+    if call.packet is aten._scaled_dot_product_flash_attention_for_cpu:
+        query, key, value = call.inputs[:3]
+        return sdpa_flop_count(query.shape, key.shape, value.shape)
+    if call.packet is aten._scaled_dot_product_flash_attention_for_cpu_backward:
+        grad, query, key, value = call.inputs[:4]
+        return sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape)
+    formula = flop_registry.get(call.packet)
+    if formula is not None:
+        return int(formula(*call.args, **call.kwargs, out_val=call.out))
+    return max((t.numel() for t in (*call.inputs, *call.outputs)), default=0)
+
+
+def moved_bytes(call: OpCall) -> int:
+    """Bytes that `call` reads and writes, each operand once; an expanded dimension is read once."""
+    read = [*call.inputs[1:], *call.outputs] if call.packet in LOOKUPS else call.inputs
+    return sum(_touched(t) for t in read) + sum(_touched(t) for t in call.outputs)
+
+
+def _touched(tensor: torch.Tensor) -> int:
+    elements = math.prod(n for n, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride != 0)
+    return elements * tensor.element_size() if tensor.numel() else 0

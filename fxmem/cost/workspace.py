@@ -1,0 +1,227 @@
+"""Workspace of operators: bytes that an operator allocates beyond its outputs and gives back before it returns.
+
+Each formula is a function of an `OpCall` and was fitted to the allocator's own events around the single operator (PyTorch
+2.13, x86, oneDNN), rounded up: a plan may be a little pessimistic about an operator, never optimistic. What is not listed
+takes next to nothing. Operators differ in three ways only: some reorder their operands into a kernel's own layout
+(convolutions), some make an operand contiguous or convert its type first, some keep one private buffer a thread.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+
+from .base import OpCall
+
+aten = torch.ops.aten
+LOW_PRECISION = (torch.bfloat16, torch.float16)
+CHANNEL_BLOCK = 16  # oneDNN's widest blocked layout (nChw16c) pads channels to a multiple of this
+
+
+def workspace_bytes(call: OpCall) -> int:
+    """Bytes that `call` takes above its inputs and outputs, at most; 0 for views and for what is no dispatcher operator."""
+    if call.packet is None or call.is_alias or not call.inputs:
+        return 0
+    formula = WORKSPACE.get(call.packet)
+    if formula is not None:
+        return formula(call)
+    if _on_cpu(call) and torch.Tag.pointwise in getattr(call.target, "tags", ()):
+        return _promotion(call)
+    return 0
+
+
+def _on_cpu(call: OpCall) -> bool:
+    return all(t.device.type in ("cpu", "meta") for t in call.inputs)
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _blocked(tensor: torch.Tensor, channel_dims: tuple[int, ...]) -> int:
+    """Bytes of `tensor` in oneDNN's blocked layout, with its channels padded."""
+    shape = [math.ceil(n / CHANNEL_BLOCK) * CHANNEL_BLOCK if d in channel_dims else n for d, n in enumerate(tensor.shape)]
+    return math.prod(shape) * tensor.element_size()
+
+
+def _channels_last(tensor: torch.Tensor) -> bool:
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    return tensor.dim() in formats and tensor.is_contiguous(memory_format=formats[tensor.dim()]) and not tensor.is_contiguous()
+
+
+def _columns(x: torch.Tensor, w: torch.Tensor, spatial: torch.Size) -> int:
+    """The unfolded input of a convolution that runs as one matrix product: what float64 gets, for the whole batch."""
+    return x.shape[0] * x.shape[1] * math.prod(w.shape[2:]) * math.prod(spatial) * x.element_size()
+
+
+def _convolution(call: OpCall) -> int:
+    """oneDNN reorders input and weight into blocks, computes a blocked output, frees the first two and copies the third
+    into the plain layout; a transposed one holds two more outputs for a moment. Channels-last runs as it lies, but for the
+    weight. cuDNN does much the same where it picks a layout of its own."""
+    x, w, transposed = call.args[0], call.args[1], call.args[6]
+    out = call.outputs[0]
+    if x.dtype is torch.float64:
+        return _columns(x, w, x.shape[2:] if transposed else out.shape[2:])
+    if _channels_last(x):
+        return 2 * _blocked(w, (0,))
+    x_bytes, out_bytes = _blocked(x, (1,)), _blocked(out, (1,))
+    computing = x_bytes + 2 * _blocked(w, (0,)) - _bytes(w) + out_bytes - _bytes(out)
+    return max(computing, (2 if transposed else 1) * out_bytes)
+
+
+def _convolution_backward(call: OpCall) -> int:
+    """Output gradient and input in blocks while the weight gradient is summed up, one partial sum a thread where
+    activations outweigh weights; then the weight gradient in blocks beside the plain one."""
+    grad, x, w = call.args[:3]
+    if x.dtype is torch.float64:
+        return _columns(x, w, x.shape[2:] if call.args[7] else grad.shape[2:])
+    w_bytes = _blocked(w, (0,)) * (4 // min(4, w.element_size()))
+    operands = 0 if _channels_last(x) else _blocked(grad, (1,)) + _blocked(x, (1,))
+    splits = min(torch.get_num_threads(), x.shape[0]) if _on_cpu(call) else 1
+    partial = w_bytes * splits if _bytes(grad) + _bytes(x) > _bytes(w) else 0
+    if x.dtype in LOW_PRECISION:
+        partial += _bytes(x)
+    return max(operands + partial, 2 * w_bytes if _channels_last(x) else w_bytes, operands + w_bytes - call.new_output_bytes)
+
+
+def _promotion(call: OpCall) -> int:
+    """The CPU's element-wise kernels convert an operand of another type than the common one in a whole copy."""
+    tensors = call.inputs[1:] if call.packet is aten.where else call.inputs
+    tensors = [t for t in tensors if t.dim() > 0]
+    if call.packet is aten.masked_fill or len({t.dtype for t in tensors}) < 2:
+        return 0
+    common = tensors[0].dtype
+    for tensor in tensors[1:]:
+        common = torch.promote_types(common, tensor.dtype)
+    return sum(t.numel() * common.itemsize for t in tensors if t.dtype != common)
+
+
+def _promoted_operands(call: OpCall) -> int:
+    """Concatenation and dropout's backward convert like element-wise kernels."""
+    return _promotion(call) if _on_cpu(call) else 0
+
+
+def _contiguous_copies(call: OpCall) -> int:
+    """Kernels that take plain layouts only: a copy of each operand that lies otherwise."""
+    return sum(_bytes(t) for t in call.inputs if not (t.is_contiguous() or _channels_last(t)))
+
+
+def _softmax(call: OpCall) -> int:
+    """A copy of an operand that is not contiguous, and then of the result before it is laid out like it."""
+    return 2 * _contiguous_copies(call)
+
+
+def _reduction(call: OpCall) -> int:
+    """On the CPU a sum in a wider type than its input's converts the whole input first."""
+    x = call.inputs[0]
+    if not _on_cpu(call) or x.dtype in (torch.float32, torch.float64, torch.int64) or x.is_complex():
+        return 0
+    return x.numel() * (4 if x.is_floating_point() else 8) + 2 * sum(t.numel() * 4 for t in call.outputs)
+
+
+def _batch_norm_backward(call: OpCall) -> int:
+    """One temporary of the input's size on the CPU, and copies of operands that are not contiguous."""
+    return _contiguous_copies(call) + (_bytes(call.inputs[1]) if _on_cpu(call) else 0)
+
+
+def _layer_norm_backward(call: OpCall) -> int:
+    """Partial sums of the two parameter gradients, a row for each thread (a block of rows on a GPU)."""
+    rows = torch.get_num_threads() if _on_cpu(call) else 64
+    return _contiguous_copies(call) + 2 * rows * math.prod(call.args[2]) * 4
+
+
+def _group_norm_backward(call: OpCall) -> int:
+    """Two sums for each image and channel."""
+    x = call.inputs[1]
+    return _contiguous_copies(call) + 2 * x.shape[0] * x.shape[1] * 4
+
+
+def _dropout(call: OpCall) -> int:
+    """The CPU draws the mask in the input's type before it converts it to bool."""
+    return _bytes(call.inputs[0]) if _on_cpu(call) else 0
+
+
+def _matmul(call: OpCall) -> int:
+    """BLAS takes matrices with one unit stride; others are copied. Low precision packs blocks, in a buffer for each thread."""
+    matrices = [t for t in call.inputs if t.dim() >= 2]
+    copies = sum(_bytes(t) for t in matrices if 1 not in t.stride()[-2:] and min(t.shape[-2:], default=0) > 1)
+    packed = torch.get_num_threads() << 18 if _on_cpu(call) and matrices[0].dtype in LOW_PRECISION else 0
+    return copies + packed
+
+
+def _attention_tile(call: OpCall, query: torch.Tensor) -> tuple[int, int]:
+    """Rows and columns of the tile of scores that PyTorch's CPU flash attention works on."""
+    length = query.shape[2]
+    rows = 256 if length >= 768 else 64 if length >= 192 else 32
+    return min(rows, length), min(512, call.inputs[1].shape[2])
+
+
+def _cpu_attention(call: OpCall) -> int:
+    """For each thread a tile of scores, its row maxima and sums, and its share of the output, all in fp32; low precision
+    has the tile once more and packs keys and values."""
+    query, key, value = call.inputs[:3]
+    rows, columns = _attention_tile(call, query)
+    tile = rows * (columns + 2 + query.shape[3]) * 4
+    low = query.dtype in LOW_PRECISION
+    packing = 2 * (_bytes(key) + _bytes(value)) + torch.get_num_threads() * rows * columns * 2 if low else 0
+    return torch.get_num_threads() * tile + packing
+
+
+def _cpu_attention_backward(call: OpCall) -> int:
+    """For each thread two tiles of scores; the output gradient once more where it does not lie as (batch, length, heads)."""
+    grad, query, key = call.inputs[:3]
+    rows, columns = _attention_tile(OpCall(call.target, (query, key)), query)
+    copy = 0 if grad.transpose(1, 2).is_contiguous() else _bytes(grad)
+    low = torch.get_num_threads() * rows * columns * 4 if query.dtype in LOW_PRECISION else 0
+    return copy + torch.get_num_threads() * 2 * rows * columns * 4 + 256 + low
+
+
+def _gpu_attention_backward(call: OpCall) -> int:
+    """The query's gradient summed in fp32, and a row sum for each query."""
+    query = call.inputs[1]
+    return query.numel() * 4 + 2 * math.prod(query.shape[:3]) * 4
+
+
+WORKSPACE: dict[object, Callable[[OpCall], int]] = {
+    aten.convolution: _convolution,
+    aten.convolution_backward: _convolution_backward,
+    aten.native_batch_norm: _contiguous_copies,
+    aten._native_batch_norm_legit: _contiguous_copies,
+    aten._native_batch_norm_legit_functional: _contiguous_copies,
+    aten.native_batch_norm_backward: _batch_norm_backward,
+    aten.native_layer_norm: _contiguous_copies,
+    aten.native_layer_norm_backward: _layer_norm_backward,
+    aten.native_group_norm: _contiguous_copies,
+    aten.native_group_norm_backward: _group_norm_backward,
+    aten.native_dropout: _dropout,
+    aten.native_dropout_backward: _promoted_operands,
+    aten.cat: _promoted_operands,
+    aten._softmax: _softmax,
+    aten._log_softmax: _softmax,
+    aten._softmax_backward_data: _softmax,
+    aten._log_softmax_backward_data: _softmax,
+    aten.max_pool2d_with_indices: _contiguous_copies,
+    aten.max_pool2d_with_indices_backward: _contiguous_copies,
+    aten.avg_pool2d: _contiguous_copies,
+    aten.avg_pool2d_backward: _contiguous_copies,
+    aten._adaptive_avg_pool2d: _contiguous_copies,
+    aten._adaptive_avg_pool2d_backward: _contiguous_copies,
+    aten.upsample_nearest2d_backward: _contiguous_copies,
+    aten.upsample_bilinear2d_backward: _contiguous_copies,
+    aten.embedding_dense_backward: _contiguous_copies,
+    aten.nll_loss_forward: _contiguous_copies,
+    aten.nll_loss_backward: _contiguous_copies,
+    aten.sum: _reduction,
+    aten.mean: _reduction,
+    aten.mm: _matmul,
+    aten.addmm: _matmul,
+    aten.bmm: _matmul,
+    aten.baddbmm: _matmul,
+    aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: _cpu_attention_backward,
+    aten._scaled_dot_product_flash_attention_backward: _gpu_attention_backward,
+    aten._scaled_dot_product_efficient_attention_backward: _gpu_attention_backward,
+    aten._scaled_dot_product_cudnn_attention_backward: _gpu_attention_backward,
+}
