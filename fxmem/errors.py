@@ -37,6 +37,10 @@ class CostError(FxmemError, ValueError):
     """An unknown device, or a cost that is negative or not a number."""
 
 
+class MeasureError(FxmemError, ValueError):
+    """A training step that cannot be measured: no output requires grad, tensors on several devices, bad counts."""
+
+
 class TapeError(FxmemError, RuntimeError):
     """A backward that the planned module cannot run rightly: a second one, a double one, or after an in-place change."""
 

@@ -1,0 +1,187 @@
+"""The peak of the untransformed module, run by PyTorch's autograd: predicted, with nothing computed.
+
+Forward and backward run on fake tensors, through the real autograd engine, so that what is saved, when it is freed and how
+gradients are accumulated are PyTorch's own doing; a dispatch mode watches the storages come and go. Bytes that an operator
+takes inside are added from a callback.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .errors import MeasureError
+from .measure import backward_roots
+from .torch_internals import FakeTensorMode, TorchDispatchMode, pytree
+
+KINDS = ("parameter", "buffer", "input", "activation", "gradient", "workspace")
+Workspace = Callable[[Any, tuple, dict, Any], int]
+
+
+@dataclass(frozen=True)
+class EagerTimeline:
+    """Memory of one eager training step, operator by operator; all bytes include what is there before the step.
+
+    peak_bytes, peak_by_kind: at the peak, by "parameter", "buffer", "input" (given output gradients too), "activation"
+        (made by the forward), "gradient" (made by the backward) and "workspace".
+    during_bytes[i]: bytes alive while operator i, called op_names[i], runs; the first `num_forward` are the forward's.
+    """
+
+    peak_bytes: int
+    peak_by_kind: dict[str, int]
+    during_bytes: tuple[int, ...]
+    op_names: tuple[str, ...]
+    num_forward: int
+
+
+def eager_timeline(
+    module: nn.Module,
+    args: tuple = (),
+    kwargs: dict[str, Any] | None = None,
+    workspace: Workspace | None = None,
+    output_gradients: Iterable[torch.Tensor] | None = None,
+) -> EagerTimeline:
+    """Predict the memory of `module`'s training step as `fxmem.measure` would find it.
+
+    args, kwargs: real, fake or meta tensors in any pytree; meta tensors count as the CPU's.
+    workspace: bytes that an operator takes inside, from (operator, args, kwargs, result); none if not given.
+    output_gradients: as for `measure`; ones, alive from the start, where they are not given.
+
+    `module`, its gradients and buffers, and the random number generators are left as they are. Raises MeasureError where no
+    output requires grad, and whatever the module raises on fake tensors (data-dependent control flow, mostly).
+    """
+    with torch.random.fork_rng(_cuda_devices()), FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.enable_grad():
+        fakes = _Fakes(mode)
+        parameters = {name: fakes.convert(p) for name, p in module.named_parameters()}
+        buffers = {name: fakes.convert(b) for name, b in module.named_buffers()}
+        inputs = pytree.tree_map_only(torch.Tensor, fakes.convert, (args, kwargs or {}))
+        given = None if output_gradients is None else [fakes.convert(g) for g in output_gradients]
+        ledger = _Ledger(workspace)
+        for kind, tree in (("parameter", parameters), ("buffer", buffers), ("input", (inputs, given))):
+            for tensor in _tensors(tree):
+                ledger.add(tensor, kind)
+        fakes.forget()
+        return _run(module, {**parameters, **buffers}, inputs, given, ledger)
+
+
+def _run(module: nn.Module, state: dict, inputs: tuple, given: list | None, ledger: _Ledger) -> EagerTimeline:
+    """Forward and backward under the ledger's eyes; the outputs live to the end."""
+    with ledger:
+        outputs = torch.func.functional_call(module, state, *inputs)
+        ledger.begin_backward()
+        roots = backward_roots(outputs)
+        if not roots:
+            raise MeasureError(f"no output of {type(module).__name__} requires grad, so its training step has no backward")
+        gradients = ledger.given_ones(roots) if given is None else given
+        torch.autograd.backward(roots, gradients)
+    return ledger.timeline()
+
+
+class _Ledger(TorchDispatchMode):
+    """Books every storage when an operator makes it, and strikes it out when its last reference goes."""
+
+    def __init__(self, workspace: Workspace | None):
+        super().__init__()
+        self._workspace = workspace
+        self._making = "activation"
+        self._watched: dict[int, weakref.ref] = {}
+        self._live = dict.fromkeys(KINDS, 0)
+        self._records: list[tuple[str, dict[str, int]]] = []
+        self._num_forward = 0
+        self._silent = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if not self._silent:
+            for tensor in _tensors(out):
+                self.add(tensor, self._making)
+            inside = self._workspace(func, args, kwargs, out) if self._workspace else 0
+            self._records.append((str(func), self._live | {"workspace": inside}))
+        return out
+
+    def add(self, tensor: torch.Tensor, kind: str) -> None:
+        """Book the storage behind `tensor`, unless it is booked."""
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._watched:
+            return
+
+        def strike(_: Any) -> None:
+            del self._watched[key]
+            self._live[kind] -= size
+
+        self._watched[key] = weakref.ref(storage, strike)
+        self._live[kind] += size
+
+    def begin_backward(self) -> None:
+        """What operators make from here on are gradients."""
+        self._num_forward = len(self._records)
+        self._making = "gradient"
+
+    def given_ones(self, roots: list[torch.Tensor]) -> list[torch.Tensor | None]:
+        """Output gradients of ones, booked as if they had been there from the start; None for scalars."""
+        self._silent = True
+        ones = [None if root.dim() == 0 else torch.ones_like(root) for root in roots]
+        self._silent = False
+        before = self._live["input"]
+        for tensor in _tensors(ones):
+            self.add(tensor, "input")
+        for _, live in self._records:
+            live["input"] += self._live["input"] - before
+        return ones
+
+    def timeline(self) -> EagerTimeline:
+        during = tuple(sum(live.values()) for _, live in self._records)
+        peak = max(range(len(during)), key=during.__getitem__)
+        return EagerTimeline(
+            peak_bytes=during[peak],
+            peak_by_kind=dict(self._records[peak][1]),
+            during_bytes=during,
+            op_names=tuple(name for name, _ in self._records),
+            num_forward=self._num_forward,
+        )
+
+
+class _Fakes:
+    """Fake copies of real, meta or foreign fake tensors: leaves of their own, which share storages where the given ones do."""
+
+    def __init__(self, mode: FakeTensorMode):
+        self._mode = mode
+        self._flat: dict[tuple, torch.Tensor] = {}
+        self._made: dict[int, torch.Tensor] = {}
+
+    def convert(self, tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) not in self._made:
+            flat = self._storage(tensor)
+            with self._mode, torch.no_grad():
+                view = torch.as_strided(flat, tensor.shape, tensor.stride(), tensor.storage_offset())
+                self._made[id(tensor)] = view.detach().requires_grad_(tensor.requires_grad)
+        return self._made[id(tensor)]
+
+    def forget(self) -> None:
+        """Let go of what was made, so that it lives only as long as the step needs it."""
+        self._flat.clear()
+        self._made.clear()
+
+    def _storage(self, tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        key = storage._cdata, tensor.dtype
+        if key not in self._flat:
+            device = torch.device("cpu") if tensor.device.type == "meta" else tensor.device
+            with self._mode:
+                self._flat[key] = torch.empty(storage.nbytes() // tensor.element_size(), dtype=tensor.dtype, device=device)
+        return self._flat[key]
+
+
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def _cuda_devices() -> list[int]:
+    return list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
