@@ -83,8 +83,11 @@ def members(bits: int) -> list[int]:
     return found
 
 
-def compile_problem(problem: Problem) -> Compiled:
-    """Split the backward into stages and every operator's storages into bits and constants."""
+def compile_problem(problem: Problem, *, merged: bool = True) -> Compiled:
+    """Split the backward into stages and every operator's storages into bits and constants.
+
+    merged: operators that read no forward storage join the next stage; otherwise each backward operator is a stage.
+    """
     made = [s for index in problem.forward for s in problem.operators[index].outputs]
     storages = tuple(s for s in made if s not in problem.outputs)
     bit = {s: 1 << k for k, s in enumerate(storages)}
@@ -98,7 +101,7 @@ def compile_problem(problem: Problem) -> Compiled:
     forward_bytes = _forward_bytes(problem, storages, last_use)
     pairs = tuple(_pairs(problem, problem.operators[i], bit, lambda s: False) for i in problem.forward)
     return Compiled(
-        problem, storages, sizes, always, _stages(problem, bit), recomputes, makers, late, forward_bytes, last_use, pairs
+        problem, storages, sizes, always, _stages(problem, bit, merged), recomputes, makers, late, forward_bytes, last_use, pairs
     )
 
 
@@ -180,7 +183,7 @@ def _forward_bytes(problem: Problem, storages: tuple[int, ...], last_use: tuple[
     return tuple(found)
 
 
-def _stages(problem: Problem, bit: dict[int, int]) -> tuple[Stage, ...]:
+def _stages(problem: Problem, bit: dict[int, int], merged: bool) -> tuple[Stage, ...]:
     """Walk the backward once, with what lives there in every schedule."""
     last = {}
     for index in problem.backward:
@@ -203,7 +206,7 @@ def _stages(problem: Problem, bit: dict[int, int]) -> tuple[Stage, ...]:
         pairs = _pairs(problem, operator, bit, dying.__contains__)
         now -= sum(size[s] for s in dying)
         operators.append(index)
-        if needs:
+        if needs or not merged:
             stages.append(Stage(tuple(operators), needs, head, between, during, pairs))
             head, operators = 0, []
         else:
