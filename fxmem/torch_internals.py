@@ -6,7 +6,7 @@ what the joint graph's placeholders and outputs mean                  torch._fun
 pytree                                                                torch.utils._pytree
 fake tensors                                                          torch._subclasses.fake_tensor
 cpu_memory_events   the CPU allocator's events, by the profiler       kineto_results of torch.autograd.profiler
-TorchDispatchMode                                                     torch.utils._python_dispatch
+TorchDispatchMode, and real tensors inside such modes (real_tensors)   torch.utils._python_dispatch
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from torch._dynamo import config as dynamo_config
 from torch._functorch._aot_autograd import descriptors
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 __all__ = [
     "FakeTensor", "FakeTensorMode", "TorchDispatchMode", "cpu_memory_events", "dynamo_graph", "fake_mode_of", "input_role", "joint_graph",
-    "output_role", "pytree", "restore_rng",
+    "output_role", "pytree", "real_tensors", "restore_rng",
 ]  # fmt: skip
 
 
@@ -127,3 +127,18 @@ def cpu_memory_events(run: Callable[[], Any]) -> tuple[Any, list[int]]:
     events = profiler.kineto_results.events()
     memory = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]" and e.device_type() == torch.autograd.DeviceType.CPU]
     return result, [size for _, size in sorted(memory, key=lambda event: event[0])]
+
+
+def spec_children(spec: Any) -> list[Any]:
+    """The specs of a pytree spec's children."""
+    return spec.children() if callable(getattr(spec, "children", None)) else spec.children_specs
+
+
+def is_being_traced(*tree: Any) -> bool:
+    """Whether this call is Dynamo's or an fx tracer's, not a real one."""
+    return torch.compiler.is_compiling() or any(isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves(tree))
+
+
+def real_tensors() -> contextlib.AbstractContextManager:
+    """Inside, no fake tensor mode nor any other dispatch mode is in force: operators compute."""
+    return _disable_current_modes()

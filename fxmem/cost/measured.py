@@ -18,7 +18,7 @@ import torch
 from torch import fx
 
 from ..errors import CostError
-from ..torch_internals import cpu_memory_events, pytree
+from ..torch_internals import cpu_memory_events, pytree, real_tensors
 from .base import OpCall, OpCost, call_of, storage_key
 from .operands import real_operands
 from .roofline import RooflineCost
@@ -67,7 +67,7 @@ class MeasuredCost:
         devices = [t.device for t in (*call.inputs, *call.outputs) if t.device.type == "cuda"]
         device = devices[0] if devices else self._device
         try:
-            with torch.random.fork_rng(_cuda_indices(device)), torch.no_grad():
+            with real_tensors(), torch.random.fork_rng(_cuda_indices(device)), torch.no_grad():
                 return _run_alone(call, device)
         except (RuntimeError, ValueError, IndexError, TypeError, NotImplementedError) as error:
             log.info("%s cannot run alone (%s); its cost comes from the roofline", call.target, str(error).split("\n")[0])
