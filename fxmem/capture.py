@@ -59,6 +59,8 @@ class Capture:
     differentiated: indices of the output leaves that get a gradient in the planned step.
     attached: indices of all output leaves that autograd would connect to the parameters or inputs.
     constants: tensors that the graph reads but no parameter or buffer names, by the name that their role carries.
+    fixed_outputs: output leaves that are no tensors, by their index.
+    torch_level, call: the torch-level graph that was traced, and the (args, kwargs) of fake tensors that it was called with.
     """
 
     joint: fx.GraphModule
@@ -67,6 +69,9 @@ class Capture:
     differentiated: tuple[int, ...]
     attached: tuple[int, ...]
     constants: Mapping[str, torch.Tensor]
+    fixed_outputs: Mapping[int, Any]
+    torch_level: fx.GraphModule
+    call: tuple[tuple, dict[str, Any]]
 
 
 def capture(module: nn.Module, args: tuple, kwargs: Mapping[str, Any], output_gradients: str | Sequence[int] | None = None) -> Capture:
@@ -87,8 +92,8 @@ def capture(module: nn.Module, args: tuple, kwargs: Mapping[str, Any], output_gr
         values = _output_values(graph_module, args, kwargs)
         differentiated, attached = _detach_outputs(graph_module, values, output_gradients)
         joint, out_spec = _aot(graph_module, args, kwargs)
-    constants = _assign_roles(joint, graph_module, names)
-    return Capture(joint, in_spec, out_spec, differentiated, attached, constants)
+    constants, fixed_outputs = _assign_roles(joint, graph_module, names)
+    return Capture(joint, in_spec, out_spec, differentiated, attached, constants, fixed_outputs, graph_module, (args, kwargs))
 
 
 def example_inputs_of(graph_module: nn.Module) -> tuple[torch.Tensor, ...]:
@@ -276,8 +281,8 @@ def _refusing(module: nn.Module) -> Iterator[None]:
         raise CaptureError(_refusal(module, error)) from error
 
 
-def _assign_roles(joint: fx.GraphModule, traced: fx.GraphModule, names: dict[int, str]) -> dict[str, torch.Tensor]:
-    """Mark placeholders and outputs with their Role; returns tensors that the graph uses but the module does not name."""
+def _assign_roles(joint: fx.GraphModule, traced: fx.GraphModule, names: dict[int, str]) -> tuple[dict, dict]:
+    """Mark placeholders and outputs with their Role; returns the capture's constants and fixed outputs."""
     constants: dict[str, torch.Tensor] = {}
     tensors = dict((*traced.named_parameters(), *traced.named_buffers()))
 
@@ -299,7 +304,7 @@ def _assign_roles(joint: fx.GraphModule, traced: fx.GraphModule, names: dict[int
         elif node.op == "get_attr":
             constants[node.name] = _lift_constant(joint, node)
     output = joint.graph.output_node()
-    roles, values = [], []
+    roles, values, fixed = [], [], {}
     for value, desc in zip(pytree.tree_leaves(output.args, is_leaf=lambda v: v is None), output.meta["desc"], strict=True):
         if desc is None:
             continue
@@ -310,14 +315,16 @@ def _assign_roles(joint: fx.GraphModule, traced: fx.GraphModule, names: dict[int
             role = Role("gradient", to_role(key, "an input with a gradient"))
         else:
             role = to_role((kind, key) if kind else None, f"output {desc}")
-        if value is not None or role.kind == "output":
+        if not isinstance(value, fx.Node):
+            fixed |= {role.key: value} if role.kind == "output" else {}
+        else:
             roles.append(role)
             values.append(value)
     output.args = (tuple(values),)
     output.meta["fxmem_roles"] = tuple(roles)
     joint.graph.eliminate_dead_code()
     joint.recompile()
-    return constants
+    return constants, fixed
 
 
 def _buffer_update(source: Role, value: fx.Node) -> Role:

@@ -1,0 +1,199 @@
+"""transform, plan, frontier: the pipeline from top to bottom."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx.passes.infra.pass_manager import PassManager
+
+from .baseline import EagerTimeline, eager_timeline
+from .budget import Budget, parse_budget
+from .capture import Capture, capture, example_inputs_of
+from .codegen.partition import partition
+from .codegen.planned import PlannedModule, assemble, canonical_call
+from .cost import CostModel, OpCall, cost_model, workspace_bytes
+from .errors import CaptureError
+from .lowering import Lowered, lower
+from .passes import Costs, Liveness, MarkRegions, MatchEager, Rematerialize, ShapeProp, UpdateBuffers
+from .plan import Frontier, Plan
+from .solvers import Solution
+from .solvers import frontier as solve_frontier
+from .solving import choose
+from .torch_internals import FakeTensor, pytree
+
+log = logging.getLogger(__name__)
+
+CUDA_ALIGNMENT_BYTES = 512  # the caching allocator's granularity
+
+
+def transform(
+    module: nn.Module,
+    example_inputs: Sequence[Any] | None = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+    *,
+    budget: int | float | str | None = None,
+    max_overhead: float | None = None,
+    cost: str | CostModel | None = None,
+    solver: str = "auto",
+    time_limit_s: float = 60.0,
+    output_gradients: str | Sequence[int] | None = None,
+) -> PlannedModule:
+    """A module that computes what `module` computes, outputs, gradients and buffers alike, with its peak under a budget.
+
+    module: a GraphModule (symbolic_trace, export), or any nn.Module that Dynamo captures as one graph; left as it is, but its
+        parameters, buffers and submodules are shared with the result.
+    example_inputs, example_kwargs: what the module will be called with: shapes, dtypes and structure count, not values. May be
+        left out for a GraphModule whose placeholders carry shapes.
+    budget: bytes (int), "900MiB", a fraction of the plain module's peak (float), "min", or None: nothing is recomputed.
+    max_overhead: instead of a budget, the least peak at this extra time (0.1: ten percent) at most.
+    cost: "measured" (the default for real tensors: times each different operator on the device), "roofline", a device's
+        name ("P100", "V100", "A100", "H100", "H200", "cpu"), or a CostModel.
+    solver: a name in `fxmem.solvers.SOLVERS`. time_limit_s: seconds for the solver.
+    output_gradients: which output leaves get gradients: None (the scalar ones if there are any, else all), "all", or indices.
+
+    The peak counts parameters, buffers, inputs, all that is computed, gradients of parameters and inputs, and workspaces.
+    Raises BudgetError, InfeasibleBudgetError, CaptureError and CostError, all of them FxmemError; `module` is then untouched.
+    """
+    wanted = parse_budget(budget, max_overhead)
+    options = dict(
+        budget=budget, max_overhead=max_overhead, cost=cost, solver=solver, time_limit_s=time_limit_s, output_gradients=output_gradients
+    )
+    args, kwargs = _example_call(module, example_inputs, example_kwargs)
+    _warn_of_hooks(module)
+    prepared = _prepare(module, args, kwargs, cost or _default_cost(module, args, kwargs), output_gradients)
+    plan_ = _plan(prepared, wanted, solver, time_limit_s)
+    joint = Rematerialize(solution=plan_.solution)(prepared.captured.joint).graph_module
+    parts = partition(joint.graph, joint.meta["fxmem_regions"])
+    return assemble(module, prepared.captured, parts, args, kwargs, plan_, functools.partial(transform, **options))
+
+
+def plan(
+    module: nn.Module,
+    example_inputs: Sequence[Any] | None = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+    *,
+    budget: int | float | str | None = None,
+    max_overhead: float | None = None,
+    cost: str | CostModel = "roofline",
+    solver: str = "auto",
+    time_limit_s: float = 60.0,
+    output_gradients: str | Sequence[int] | None = None,
+) -> Plan:
+    """What `transform` would decide, without making the module: nothing is executed, nothing of the model's size allocated.
+
+    Parameters and inputs may be fake or meta tensors, so that what no machine at hand can hold is planned on a laptop.
+    `cost="measured"`, which is `transform`'s default, times operators one by one. Otherwise as for `transform`.
+    """
+    wanted = parse_budget(budget, max_overhead)
+    args, kwargs = _example_call(module, example_inputs, example_kwargs)
+    return _plan(_prepare(module, args, kwargs, cost, output_gradients), wanted, solver, time_limit_s)
+
+
+def frontier(
+    module: nn.Module,
+    example_inputs: Sequence[Any] | None = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+    *,
+    points: int = 8,
+    cost: str | CostModel = "roofline",
+    time_limit_s: float = 60.0,
+    output_gradients: str | Sequence[int] | None = None,
+) -> Frontier:
+    """Up to `points` Plans from no recompute to the least reachable peak, from one capture. Otherwise as for `plan`."""
+    args, kwargs = _example_call(module, example_inputs, example_kwargs)
+    prepared = _prepare(module, args, kwargs, cost, output_gradients)
+    solutions = solve_frontier(prepared.lowered.problem, points, time_limit_s=time_limit_s)
+    return Frontier(tuple(prepared.plan(solution, solution.timeline.peak_bytes) for solution in solutions))
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """All that is known before a budget is."""
+
+    model: str
+    captured: Capture
+    lowered: Lowered
+    baseline: EagerTimeline
+    cost: str
+    seconds: float
+
+    def plan(self, solution: Solution, budget_bytes: int | None) -> Plan:
+        return Plan(
+            model=self.model,
+            budget_bytes=budget_bytes,
+            baseline_peak_bytes=self.baseline.peak_bytes,
+            baseline_by_kind=self.baseline.peak_by_kind,
+            problem=self.lowered.problem,
+            solution=solution,
+            cost=self.cost,
+            capture_time_s=self.seconds,
+        )
+
+
+def _prepare(module: nn.Module, args: tuple, kwargs: dict, cost: str | CostModel, output_gradients: Any) -> _Prepared:
+    started = time.perf_counter()
+    device = _device(module, args, kwargs)
+    model = cost_model(cost, device)
+    captured = capture(module, args, kwargs, output_gradients)
+    passes = (
+        MatchEager(),
+        UpdateBuffers(),
+        ShapeProp(alignment_bytes=CUDA_ALIGNMENT_BYTES if device.type == "cuda" else 1),
+        Liveness(),
+        MarkRegions(),
+        Costs(model),
+    )
+    PassManager(passes=list(passes))(captured.joint)
+    lowered = lower(captured.joint)
+    baseline = eager_timeline(captured.torch_level, *captured.call, workspace=_workspace)
+    return _Prepared(type(module).__name__, captured, lowered, baseline, model.name, time.perf_counter() - started)
+
+
+def _plan(prepared: _Prepared, budget: Budget, solver: str, time_limit_s: float) -> Plan:
+    plain_peak_bytes = prepared.baseline.peak_bytes
+    solution = choose(prepared.lowered.problem, budget, plain_peak_bytes, solver, time_limit_s)
+    budget_bytes = None if budget.is_free else budget.resolve(plain_peak_bytes) or solution.timeline.peak_bytes
+    return prepared.plan(solution, budget_bytes)
+
+
+def _workspace(operator: Any, args: tuple, kwargs: dict, result: Any) -> int:
+    return workspace_bytes(OpCall(operator, args, kwargs, result))
+
+
+def _example_call(module: nn.Module, args: Sequence[Any] | None, kwargs: Mapping[str, Any] | None) -> tuple[tuple, dict]:
+    """The example call in the canonical form, whichever way it was written."""
+    if not isinstance(module, nn.Module):
+        raise CaptureError(f"fxmem transforms torch.nn.Module objects; a {type(module).__name__} was given")
+    if args is None and not kwargs:
+        args = example_inputs_of(module)
+    if isinstance(args, torch.Tensor):
+        raise CaptureError("example_inputs is a tensor; give a tuple of the module's arguments, as in example_inputs=(x,)")
+    try:
+        return canonical_call(module, tuple(args or ()), kwargs or {})
+    except TypeError as error:
+        raise CaptureError(f"the example inputs do not fit {type(module).__name__}.forward: {error}") from error
+
+
+def _default_cost(module: nn.Module, args: tuple, kwargs: dict) -> str:
+    """Measured, where there are real tensors on a real device."""
+    tensors = [t for t in (*module.parameters(), *pytree.tree_leaves((args, kwargs))) if isinstance(t, torch.Tensor)]
+    return "roofline" if any(t.is_meta or isinstance(t, FakeTensor) for t in tensors) else "measured"
+
+
+def _device(module: nn.Module, args: tuple, kwargs: dict) -> torch.device:
+    tensors = (t for t in (*module.parameters(), *module.buffers(), *pytree.tree_leaves((args, kwargs))) if isinstance(t, torch.Tensor))
+    return next((t.device for t in tensors if not t.is_meta), torch.device("cpu"))
+
+
+def _warn_of_hooks(module: nn.Module) -> None:
+    """Hooks on submodules do not fire inside a region."""
+    hooked = [name for name, m in module.named_modules() if name and (m._forward_hooks or m._forward_pre_hooks or m._backward_hooks)]
+    if hooked:
+        log.warning("hooks on submodules do not run in a planned step: %s has some (%d modules in all)", hooked[0], len(hooked))

@@ -1,0 +1,79 @@
+"""Budgets as users write them: bytes, "4GiB", a fraction of the plain peak, "min", or None."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from numbers import Integral, Real
+
+from .errors import BudgetError
+
+UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+ACCEPTED = (
+    'a positive number of bytes (int), a size like "900MiB" or "4GB", a fraction of the plain peak (float, 0 < f <= 1), "min", '
+    "or None; or, instead of a budget, max_overhead=0.10 (extra time as a fraction)"
+)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a user asked for: at most one of these is set; none of them means that nothing is to be recomputed.
+
+    size_bytes: absolute. fraction: of the plain module's peak. least: the least reachable peak. max_overhead: the least peak
+    that costs at most this extra time.
+    """
+
+    size_bytes: int | None = None
+    fraction: float | None = None
+    least: bool = False
+    max_overhead: float | None = None
+
+    @property
+    def is_free(self) -> bool:
+        """Whether nothing is to be recomputed."""
+        return self == Budget()
+
+    def resolve(self, plain_peak_bytes: int) -> int | None:
+        """The budget in bytes, where it is one."""
+        return self.size_bytes if self.fraction is None else int(self.fraction * plain_peak_bytes)
+
+
+def parse_budget(budget: int | float | str | None, max_overhead: float | None = None) -> Budget:
+    """Read a budget. Raises BudgetError, with what was given and the accepted forms, for anything else."""
+    if max_overhead is not None:
+        if budget is not None:
+            raise _refusal(f"both budget={budget!r} and max_overhead={max_overhead!r} were given")
+        if isinstance(max_overhead, bool) or not isinstance(max_overhead, Real) or not 0 <= max_overhead < float("inf"):
+            raise _refusal(f"max_overhead={max_overhead!r} was given; it must be a number, zero or more")
+        return Budget(max_overhead=float(max_overhead))
+    if budget is None:
+        return Budget()
+    if isinstance(budget, str):
+        return _parse_text(budget)
+    if isinstance(budget, Integral) and not isinstance(budget, bool) and budget > 0:
+        return Budget(size_bytes=int(budget))
+    if isinstance(budget, float) and 0 < budget <= 1:
+        return Budget(fraction=budget)
+    raise _refusal(f"budget={budget!r} was given")
+
+
+def format_bytes(size_bytes: float) -> str:
+    """As in "387.0 MB": decimal units, one digit behind the point."""
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("KB", 10**3)):
+        if abs(size_bytes) >= size:
+            return f"{size_bytes / size:,.1f} {unit}" if unit != "GB" else f"{size_bytes / size:,.2f} {unit}"
+    return f"{size_bytes:,.0f} B"
+
+
+def _parse_text(text: str) -> Budget:
+    if text.strip().lower() == "min":
+        return Budget(least=True)
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?b)\s*", text, re.IGNORECASE)
+    size_bytes = int(float(match[1]) * UNITS[match[2].upper()]) if match and match[2].upper() in UNITS else 0
+    if size_bytes <= 0:
+        raise _refusal(f"budget={text!r} was given")
+    return Budget(size_bytes=size_bytes)
+
+
+def _refusal(given: str) -> BudgetError:
+    return BudgetError(f"{given}, but a budget is {ACCEPTED}")

@@ -1,0 +1,41 @@
+"""The few operators that rewritten graphs call beside aten's own: plain functions, so that printed code can be read and run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+__all__ = ["dropout_apply", "replay", "rng_state"]
+
+
+@torch.fx.wrap
+def dropout_apply(value: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
+    """`value` where `mask`, else 0, times `scale`: what `native_dropout` computes once its mask is drawn, bit for bit."""
+    return value.mul(mask).mul_(scale)
+
+
+@torch.fx.wrap
+def rng_state(device: str) -> torch.Tensor:
+    """The state of the device's random generator, before an operator that draws from it and will be repeated."""
+    return torch.cuda.get_rng_state(device) if torch.device(device).type == "cuda" else torch.get_rng_state()
+
+
+@torch.fx.wrap
+def replay(state: torch.Tensor, device: str, operator: Callable, *args, **kwargs):
+    """Run `operator(*args, **kwargs)` on the random numbers that it drew from `state`; the generator ends up as it was."""
+    before = rng_state(device)
+    set_state(state, device)
+    try:
+        return operator(*args, **kwargs)
+    finally:
+        set_state(before, device)
+
+
+def set_state(state: torch.Tensor, device: str) -> None:
+    """Put the device's random generator into `state`."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.set_rng_state(state, device)
+    else:
+        torch.set_rng_state(state)
+

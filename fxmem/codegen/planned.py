@@ -1,0 +1,289 @@
+"""PlannedModule: the chain of regions as an fx.GraphModule that stands in for the module that it was made from.
+
+Its `forward` is the planned graph, for inputs like the example's. Calling the module picks what fits the call: the planned
+graph; a plan of its own for other shapes, modes or dtypes, made once and kept; or, without gradients, the plain module.
+Parameters, buffers and submodules are the original's own.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from ..capture import Capture, Role
+from ..torch_internals import is_being_traced, pytree, spec_children
+from .partition import RegionGraphs
+from .runtime import Region
+from .serialize import graph_from_data, graph_to_data
+
+log = logging.getLogger(__name__)
+
+HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks")
+HOOKS += ("_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook")
+
+
+class RegionChain(nn.Module):
+    """The regions of a planned module in forward order: by index, by name as attributes, or one after another."""
+
+    def __init__(self, regions: list[Region], constants: Mapping[str, torch.Tensor], output_spec: Any):
+        super().__init__()
+        for region in regions:
+            self.add_module(region.name, region)
+        for name, tensor in constants.items():
+            self.register_buffer(name, tensor, persistent=False)
+        self.output_structure = OutputStructure(output_spec)
+
+    def _regions(self) -> list[Region]:
+        return [m for m in self.children() if isinstance(m, Region)]
+
+    def __getitem__(self, index: int) -> Region:
+        return self._regions()[index]
+
+    def __iter__(self):
+        return iter(self._regions())
+
+    def __len__(self) -> int:
+        return len(self._regions())
+
+
+class OutputStructure(nn.Module):
+    """Puts the model's output leaves back into the structure (a dataclass, say) that the model returns."""
+
+    def __init__(self, spec: Any):
+        super().__init__()
+        self.spec = spec
+
+    def forward(self, *leaves):
+        return pytree.tree_unflatten(leaves, self.spec)
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of a module as far as a plan depends on it; two calls with equal keys can share a plan."""
+
+    key: tuple
+    autocast: tuple
+
+    @staticmethod
+    def of(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Call:
+        leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
+        tensors = (*module.parameters(), *module.buffers())
+        modes = tuple(m.training for m in module.modules())
+        state = tuple((t.shape, t.dtype, t.device, t.requires_grad) for t in tensors)
+        key = (spec, tuple(_leaf_key(leaf) for leaf in leaves), modes, state)
+        kinds = (k for k in ("cpu", "cuda") if torch.is_autocast_enabled(k))
+        return Call(key, tuple((k, torch.get_autocast_dtype(k)) for k in kinds))
+
+
+def _leaf_key(leaf: Any) -> Any:
+    if isinstance(leaf, torch.Tensor):
+        return leaf.shape, leaf.stride(), leaf.dtype, leaf.device, leaf.requires_grad
+    return type(leaf), repr(leaf)
+
+
+def canonical_call(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """The same arguments, those that can be positional so, whichever way the caller wrote them."""
+    bound = inspect.signature(module.forward).bind(*args, **kwargs)
+    return bound.args, bound.kwargs
+
+
+class PlannedModule(fx.GraphModule):
+    """What `fxmem.transform` returns. `plan` tells what was decided, `regions` holds the chain, `code` shows it."""
+
+    def __init__(self, source: nn.Module, graph: fx.Graph, chain: RegionChain, plan: Any, call: Call, replan: Callable):
+        super().__init__({}, fx.Graph(), type(source).__name__)
+        self.__dict__.update(_source=source, _call=call, _replan=replan, _variants={}, _plan=plan)
+        # One set of tensors for both: what moves or swaps the parameters of one does so for the other.
+        self._parameters, self._buffers = source._parameters, source._buffers
+        self._non_persistent_buffers_set = source._non_persistent_buffers_set
+        for name, child in source._modules.items():
+            self._modules[name] = child
+        self.add_module("fxmem_regions", chain)
+        self.training = source.training
+        self.graph = graph
+
+    @property
+    def plan(self):
+        """The decisions behind this module: see `fxmem.Plan`."""
+        return self._plan
+
+    @property
+    def regions(self) -> RegionChain:
+        """The chain of regions, in forward order."""
+        return self._modules["fxmem_regions"]
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "_source" not in self.__dict__ or name.startswith("__"):
+                raise
+            return getattr(self.__dict__["_source"], name)  # config, for example
+
+    def __call__(self, *args, **kwargs):
+        if is_being_traced(args, kwargs):
+            return super().__call__(*args, **kwargs)
+        args, kwargs = canonical_call(self._source, args, kwargs)
+        if not self._needs_gradients(args, kwargs):
+            return self._plain()(*args, **kwargs)
+        call = Call.of(self._source, args, kwargs)
+        if call.key == self._call.key and (call.autocast == self._call.autocast or self._call.autocast):
+            return super().__call__(*args, **kwargs)
+        return self._variant(call, args, kwargs)(*args, **kwargs)
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        self._source.training = mode
+        return self
+
+    def _needs_gradients(self, args: tuple, kwargs: dict) -> bool:
+        if not torch.is_grad_enabled():
+            return False
+        inputs = (leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor))
+        return any(t.requires_grad for t in (*self._source.parameters(), *inputs))
+
+    def _plain(self) -> nn.Module:
+        """The source, with this module's hooks."""
+        plain = _Plain(self._source)
+        self._share_hooks(plain)
+        return plain
+
+    def _variant(self, call: Call, args: tuple, kwargs: dict) -> nn.Module:
+        """A planned module for another kind of call, planned the first time."""
+        if call not in self._variants:
+            log.warning("%s is called with other shapes, modes or dtypes than it was planned for: planning anew, once", self._get_name())
+            self._variants[call] = self._replan(self._source, args, kwargs)
+            self._share_hooks(self._variants[call])
+        return self._variants[call]
+
+    def _share_hooks(self, other: nn.Module) -> None:
+        other.__dict__.update({name: self.__dict__[name] for name in HOOKS if name in self.__dict__})
+
+    def _state(self) -> dict[str, Any]:
+        """All that it takes to build this module again, as data that copies and pickles; not the variants."""
+        chain = self.regions
+        return {
+            "source": self._source,
+            "regions": list(chain),
+            "constants": dict(chain.named_buffers(recurse=False)),
+            "output_spec": chain.output_structure.spec,
+            "graph": graph_to_data(self.graph),
+            "hooks": {name: self.__dict__[name] for name in HOOKS if name in self.__dict__},
+            "rest": (self._plan, self._call, self._replan),
+        }
+
+    def __deepcopy__(self, memo: dict) -> PlannedModule:
+        state = self._state()
+        plan, call, replan = state.pop("rest")
+        copied = _rebuild(copy.deepcopy(state, memo) | {"rest": (plan, call, replan)})
+        memo[id(self)] = copied
+        return copied
+
+    def __reduce__(self):
+        return _rebuild, (self._state(),)
+
+    def __copy__(self) -> PlannedModule:
+        return _rebuild(self._state())
+
+
+class _Plain(nn.Module):
+    """Runs the original module as it is."""
+
+    def __init__(self, source: nn.Module):
+        super().__init__()
+        self.__dict__["source"] = source
+
+    def forward(self, *args, **kwargs):
+        return self.source.forward(*args, **kwargs)
+
+
+def _rebuild(state: dict[str, Any]) -> PlannedModule:
+    chain = RegionChain(state["regions"], state["constants"], state["output_spec"])
+    planned = PlannedModule(state["source"], graph_from_data(state["graph"]), chain, *state["rest"])
+    planned.__dict__.update(state["hooks"])
+    return planned
+
+
+def assemble(
+    source: nn.Module, captured: Capture, parts: tuple[RegionGraphs, ...], args: tuple, kwargs: Mapping[str, Any], plan: Any, replan: Callable
+) -> PlannedModule:
+    """The PlannedModule of a captured module, cut into `parts`, called as `source(*args, **kwargs)` (see `canonical_call`)."""
+    expected, attached = frozenset(captured.differentiated), frozenset(captured.attached)
+    regions = [Region(part, i, len(parts), expected, attached) for i, part in enumerate(parts)]
+    chain = RegionChain(regions, captured.constants, captured.out_spec)
+    graph = _Outer(source, captured, args, kwargs).build([part.spec for part in parts])
+    return PlannedModule(source, graph, chain, plan, Call.of(source, args, kwargs), replan)
+
+
+class _Outer:
+    """Builds the graph of the chain: inputs, parameters, one call for each region, outputs."""
+
+    def __init__(self, source: nn.Module, captured: Capture, args: tuple, kwargs: Mapping[str, Any]):
+        self.source, self.captured = source, captured
+        self.graph = fx.Graph()
+        self.nodes: dict[Role, fx.Node] = {}
+        self.leaves = self._placeholders(args, dict(kwargs))
+
+    def build(self, specs: list) -> fx.Graph:
+        previous: list[fx.Node] = []
+        for spec in specs:
+            arguments = [self._argument(role) for role in spec.arguments]
+            node = self.graph.create_node(
+                "call_module", f"fxmem_regions.{spec.name}", (*previous, *arguments), {}, name=spec.name
+            )
+            previous = [node]
+        self.graph.output(self._outputs(previous[0], specs[-1].results))
+        return self.graph
+
+    def _placeholders(self, args: tuple, kwargs: dict) -> list[tuple[fx.Node, tuple]]:
+        """Placeholders named as the module names its arguments; for each input leaf its placeholder and the path into it."""
+        parameters = inspect.signature(self.source.forward).parameters.values()
+        positional = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        names = [positional[i] if i < len(positional) else f"arg_{i}" for i in range(len(args))]
+        tops = [self.graph.placeholder(name) for name in (*names, *kwargs)]
+        leaves = []
+        for top, value in zip(tops, (*args, *kwargs.values()), strict=True):
+            leaves += [(top, path) for path, _ in pytree.tree_flatten_with_path(value)[0]]
+        return leaves
+
+    def _argument(self, role: Role) -> fx.Node:
+        if role not in self.nodes:
+            if role.kind == "input":
+                top, path = self.leaves[role.key]
+                self.nodes[role] = self._walk(top, path)
+            else:
+                name = f"fxmem_regions.{role.key}" if role.key in self.captured.constants else role.key
+                self.nodes[role] = self.graph.get_attr(name)
+        return self.nodes[role]
+
+    def _walk(self, node: fx.Node, path: tuple) -> fx.Node:
+        """The leaf of a nested input: one getitem or getattr for each step of its path."""
+        for step in path:
+            key = getattr(step, "idx", getattr(step, "key", None))
+            if key is None:
+                node = self.graph.call_function(getattr, (node, step.name))
+            else:
+                node = self.graph.call_function(operator.getitem, (node, key))
+        return node
+
+    def _outputs(self, last: fx.Node, results: tuple) -> Any:
+        leaves = dict(self.captured.fixed_outputs)
+        for position, (leaf, _, _) in enumerate(results):
+            leaves[leaf] = self.graph.call_function(operator.getitem, (last, position))
+        ordered = [leaves[i] for i in range(self.captured.out_spec.num_leaves)]
+        if _is_plain(self.captured.out_spec):
+            return pytree.tree_unflatten(ordered, self.captured.out_spec)
+        return self.graph.call_module("fxmem_regions.output_structure", tuple(ordered))
+
+
+def _is_plain(spec: Any) -> bool:
+    """Whether the structure is made of what an fx graph can return as it stands."""
+    return spec.is_leaf() or (spec.type in (tuple, list, dict) and all(_is_plain(child) for child in spec_children(spec)))

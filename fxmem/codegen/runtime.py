@@ -1,0 +1,191 @@
+"""Running a chain of regions: the tape that they share, and the one autograd Function behind all of them.
+
+A region's forward takes arguments (parameters, buffers, inputs) and what earlier regions left on the tape; its backward takes
+incoming gradients and the tape's values, and hands over gradients of its arguments. Activations and their gradients never pass
+through autograd: only a small token does, from region to region, which fixes the order of the backward.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from ..errors import TapeError
+from .partition import GraphSpec, RegionGraphs
+
+
+class Tape:
+    """Where the values of one forward call live between its regions, each until its last use.
+
+    values: by the name of the node that made them. awaiting: the region whose backward comes next.
+    watched: (leaf index, alias, version) of the model outputs whose bytes the backward will read.
+    absent: output leaves that got no gradient.
+    """
+
+    __slots__ = ("absent", "awaiting", "token", "values", "watched")
+
+    def __init__(self, regions: int):
+        self.values: dict[str, torch.Tensor] = {}
+        self.token: torch.Tensor | None = torch.zeros((), requires_grad=True)
+        self.awaiting = regions - 1
+        self.absent: set[int] = set()
+        self.watched: list[tuple[int, torch.Tensor, int]] = []
+
+    def begin_backward(self, region: Region) -> None:
+        """Check that this backward may run: each tape serves one, in order, on values nobody has changed since."""
+        if torch.is_grad_enabled():
+            raise TapeError(
+                "double backward (create_graph=True) through a planned module is not supported: its backward is not recorded; "
+                "use the module that it was made from"
+            )
+        if self.awaiting != region.index:
+            raise TapeError(
+                f"the backward of region {region.name!r} runs a second time, but the values that it needs were freed by the "
+                "first: run the forward again (retain_graph=True does not keep a planned module's values)"
+            )
+        self.awaiting -= 1
+        for leaf, alias, version in self.watched:
+            if alias._version != version:
+                raise TapeError(
+                    f"output {leaf} of the planned module was changed in place before the backward, which needs it: change a clone instead"
+                )
+        self.watched.clear()
+
+
+class Region(nn.Module):
+    """A part of the model that one autograd Function runs; called with the tape (but for the first) and its arguments.
+
+    forward_graph, backward_graph: GraphModules over a boxed list of arguments; `.code` shows what runs.
+    Returns the tape, or, from the last region, the model's tensor outputs.
+    """
+
+    def __init__(self, graphs: RegionGraphs, index: int, count: int, expected: frozenset[int], attached: frozenset[int]):
+        super().__init__()
+        self.spec, self.index, self.count = graphs.spec, index, count
+        self.expected, self.attached = expected, attached
+        self.forward_graph = fx.GraphModule({}, graphs.forward, "Forward")
+        self.backward_graph = fx.GraphModule({}, graphs.backward, "Backward")
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    def forward(self, *inputs):
+        return run_region(self, *inputs)
+
+    def extra_repr(self) -> str:
+        return f"{self.name}, {len(self.forward_graph.graph.nodes)} forward and {len(self.backward_graph.graph.nodes)} backward nodes"
+
+    def run_forward(self, tape: Tape, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """Run the forward graph; in the last region, return the model's tensor outputs in the order of `spec.results`."""
+        _run(self.forward_graph, self.spec.forward, tape, arguments)
+        outputs = tuple(tape.values.pop(name) for _, name, _ in self.spec.results)
+        for (_, name, kept), value in zip(self.spec.results, outputs, strict=True):
+            if kept:  # under another tensor: an output that its own graph refers to would never be freed
+                tape.values[name] = value.detach()
+        if outputs:
+            read_later = {value.untyped_storage().data_ptr() for value in tape.values.values()}
+            tape.watched = [
+                (leaf, value.detach(), value._version)
+                for (leaf, _, _), value in zip(self.spec.results, outputs, strict=True)
+                if value.untyped_storage().data_ptr() in read_later
+            ]
+        return outputs
+
+    def run_backward(self, tape: Tape, arguments: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
+        """Run the backward graph; returns the gradients that are complete then, by argument index."""
+        _run(self.backward_graph, self.spec.backward, tape, arguments)
+        gradients = {}
+        for argument, name, _, depends_on in self.spec.gradients:
+            if not depends_on or depends_on - tape.absent:
+                gradients[argument] = tape.values[name]
+        for _, name, read_later, _ in self.spec.gradients:
+            if not read_later:
+                tape.values.pop(name, None)
+        return gradients
+
+
+def _run(graph: fx.GraphModule, spec: GraphSpec, tape: Tape, arguments: Any) -> None:
+    """Call a graph, boxed: nothing here keeps a value that the graph is the last to read."""
+    boxed = []
+    for where, key in spec.inputs:
+        if where == "argument":
+            boxed.append(arguments[key])
+        else:
+            boxed.append(tape.values.pop(key) if key in spec.taken else tape.values[key])
+    with _precision_as_captured():
+        made = graph.forward(boxed)
+    tape.values.update(zip(spec.outputs, made, strict=True))
+
+
+@contextlib.contextmanager
+def _precision_as_captured() -> Iterator[None]:
+    """Autocast is part of the captured graph already; it must not act a second time."""
+    active = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+    with contextlib.ExitStack() as stack:
+        for kind in active:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
+@fx.wrap
+def run_region(region: Region, *inputs):
+    """Run one region of the chain: `inputs` are the tape (but for the first region) and the region's arguments."""
+    tape, arguments = (Tape(region.count), inputs) if region.index == 0 else (inputs[0], inputs[1:])
+    token, *outputs = RegionFunction.apply(region, tape, tape.token, *arguments)
+    if region.index < region.count - 1:
+        tape.token = token
+        return tape
+    tape.token = None  # the chain is complete: autograd holds it from the outputs
+    return tuple(outputs)
+
+
+class RegionFunction(torch.autograd.Function):
+    """The one autograd Function behind all regions; which graphs it runs is data."""
+
+    @staticmethod
+    def forward(region: Region, tape: Tape, token: torch.Tensor, *arguments: torch.Tensor):
+        outputs = region.run_forward(tape, arguments)
+        return torch.zeros(()), *outputs
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        region, tape, _, *arguments = inputs
+        ctx.region, ctx.tape = region, tape
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*(arguments[i] for i in region.spec.saved))
+        leaves = [leaf for leaf, _, _ in region.spec.results]
+        ctx.mark_non_differentiable(*(v for leaf, v in zip(leaves, output[1:], strict=True) if leaf not in region.attached))
+        ctx.templates = [(leaf, v.shape, v.dtype, v.device) for leaf, v in zip(leaves, output[1:], strict=True) if leaf in region.expected]
+
+    @staticmethod
+    def backward(ctx, token_gradient, *output_gradients):
+        region, tape = ctx.region, ctx.tape
+        tape.begin_backward(region)
+        _put_tangents(region, tape, ctx.templates, output_gradients)
+        arguments = dict(zip(region.spec.saved, ctx.saved_tensors, strict=True))
+        ctx.maybe_clear_saved_tensors()
+        gradients = region.run_backward(tape, arguments)
+        wanted = ctx.needs_input_grad[3:]
+        token_gradient = torch.zeros(()) if region.index else None
+        return None, None, token_gradient, *(gradients.pop(i, None) if needed else None for i, needed in enumerate(wanted))
+
+
+def _put_tangents(region: Region, tape: Tape, templates: list[tuple], gradients: tuple[torch.Tensor | None, ...]) -> None:
+    """Put the incoming gradients on the tape; an output that got none counts as zero."""
+    given = {leaf: gradient for (leaf, _, _), gradient in zip(region.spec.results, gradients, strict=True) if gradient is not None}
+    surprising = sorted(set(given) - region.expected)
+    if surprising:
+        raise TapeError(
+            f"output leaf {surprising[0]} got a gradient, but the step was planned for gradients of leaves {sorted(region.expected)} "
+            'alone (a scalar loss among the outputs is taken for the start of the backward): transform with output_gradients="all"'
+        )
+    names = dict(region.spec.tangents)
+    tape.absent |= {leaf for leaf in names if leaf not in given}
+    for leaf, shape, dtype, device in templates:
+        if leaf in names:
+            tape.values[names[leaf]] = given[leaf] if leaf in given else torch.zeros(shape, dtype=dtype, device=device)

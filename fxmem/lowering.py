@@ -1,0 +1,173 @@
+"""From an annotated joint graph to the torch-free Problem.
+
+Every node that makes a storage, or writes one, becomes an operator; views become nothing, since whoever needs a view can make
+it again from its base for free. Order is the graph's own.
+"""
+
+from __future__ import annotations
+
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from .capture import clean_path
+from .passes.base import is_backward, require
+from .passes.shape_prop import StorageInfo, is_view
+from .problem import Operator, Problem, Storage
+
+aten = torch.ops.aten
+
+# Out-of-place operators whose in-place twin runs the same kernel. The flag tells whether the two operands may change places.
+INPLACE_TWINS = {
+    aten.add.Tensor: (aten.add_.Tensor, True),
+    aten.mul.Tensor: (aten.mul_.Tensor, True),
+    aten.mul.Scalar: (aten.mul_.Scalar, False),
+    aten.div.Tensor: (aten.div_.Tensor, False),
+    aten.div.Scalar: (aten.div_.Scalar, False),
+    aten.sub.Tensor: (aten.sub_.Tensor, False),
+    aten.relu.default: (aten.relu_.default, False),
+    aten.hardtanh.default: (aten.hardtanh_.default, False),
+    aten.leaky_relu.default: (aten.leaky_relu_.default, False),
+    aten.silu.default: (aten.silu_.default, False),
+}
+BATCH_NORM = aten._native_batch_norm_legit_functional.default
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A Problem and the graph nodes that its operators stand for: `nodes[i]` is operator i (a variant names the node it stands in for)."""
+
+    problem: Problem
+    nodes: tuple[fx.Node, ...]
+
+
+def lower(graph_module: fx.GraphModule) -> Lowered:
+    """The Problem of a joint graph that ShapeProp and Costs have annotated."""
+    require(graph_module, "fxmem_storages", "ShapeProp")
+    infos = graph_module.meta["fxmem_storages"]
+    nodes = [n for n in graph_module.graph.nodes if n.op == "call_function" and not is_view(n, infos)]
+    nodes.sort(key=is_backward)  # stable: what the backward computes without tangents may stand anywhere
+    written = {n.meta["fxmem_writes"] for n in nodes if "fxmem_writes" in n.meta}
+    operators = [_operator(node, infos, written) for node in nodes]
+    variants = [(n, _dropout_variant(n, o)) for n, o in zip(nodes, operators, strict=True) if _has_dropout_variant(n)]
+    problem = Problem(
+        storages=tuple(_storage(info) for info in infos),
+        operators=(*operators, *(variant for _, variant in variants)),
+        num_forward=sum(not is_backward(n) for n in nodes),
+        num_program=len(nodes),
+        outputs=_outputs(graph_module, infos),
+        extra_bytes=sum(rng_state_bytes(n) for n in nodes if draws_random_numbers(n) and not is_backward(n)),
+    )
+    return Lowered(problem, (*nodes, *(n for n, _ in variants)))
+
+
+def draws_random_numbers(node: fx.Node) -> bool:
+    """Whether the node takes numbers from the device's default generator."""
+    tags = getattr(node.target, "tags", ())
+    if torch.Tag.nondeterministic_seeded not in tags:
+        return False
+    arguments = node.normalized_arguments(node.graph.owning_module, normalize_to_only_use_kwargs=True)
+    return not arguments or arguments.kwargs.get("dropout_p") != 0.0
+
+
+def device_of(node: fx.Node) -> torch.device:
+    """The device of the node's first tensor."""
+    value = node.meta["val"]
+    first = value if isinstance(value, torch.Tensor) else next(v for v in value if isinstance(v, torch.Tensor))
+    return first.device
+
+
+def rng_state_bytes(node: fx.Node) -> int:
+    """Bytes of a saved state of the generator that the node draws from (Mersenne Twister, or Philox seed and offset)."""
+    return 16 if device_of(node).type == "cuda" else 5056
+
+
+def module_of(node: fx.Node) -> str:
+    """The path of the user's module that the node, forward or backward, belongs to; "" at the root."""
+    stack = node.meta.get("fwd_nn_module_stack") or node.meta.get("nn_module_stack") or {}
+    return clean_path(list(stack.values())[-1][0]) if stack else ""
+
+
+def _storage(info: StorageInfo) -> Storage:
+    role = info.node.meta.get("fxmem_role")
+    if info.is_input:
+        kind = role.kind if role and role.kind in ("parameter", "buffer") else "input"
+    else:
+        kind = "gradient" if is_backward(info.node) else "activation"
+    return Storage(info.node.name, info.size_bytes, kind)
+
+
+def _outputs(graph_module: fx.GraphModule, infos: tuple[StorageInfo, ...]) -> frozenset[int]:
+    """Storages that outlive the step and are not there from the start."""
+    returned = graph_module.graph.output_node().all_input_nodes
+    return frozenset(s for n in returned for s in n.meta["fxmem_storages"] if not infos[s].is_input)
+
+
+def _operator(node: fx.Node, infos: tuple[StorageInfo, ...], written: set[fx.Node]) -> Operator:
+    outputs = tuple(s for s in node.meta["fxmem_storages"] if infos[s].node is node)
+    inputs = tuple(dict.fromkeys(s for n in node.all_input_nodes for s in n.meta["fxmem_storages"]))
+    return Operator(
+        name=node.name,
+        inputs=inputs,
+        outputs=outputs,
+        time_s=node.meta["fxmem_time_s"],
+        workspace_bytes=node.meta["fxmem_workspace_bytes"],
+        inplace=_inplace_pairs(node, outputs, infos),
+        recomputable=_recomputable(node, written),
+        module=module_of(node),
+    )
+
+
+def _recomputable(node: fx.Node, written: set[fx.Node]) -> bool:
+    """False for what must run once: writes, asserts, own generators, and readers of buffers that have moved on since."""
+    if not node.meta["fxmem_storages"] or "fxmem_writes" in node.meta:
+        return False
+    if node.kwargs.get("generator") is not None:
+        return False
+    reads_written = any(n in written for n in node.all_input_nodes)
+    return not reads_written or (node.target is BATCH_NORM and node.args[5] is True)
+
+
+def _inplace_pairs(node: fx.Node, outputs: tuple[int, ...], infos: tuple[StorageInfo, ...]) -> tuple[tuple[int, int], ...]:
+    """(input, output) pairs that the operator's in-place twin could serve: same dtype and layout, no alias among the operands."""
+    if node.target not in INPLACE_TWINS or len(outputs) != 1:
+        return ()
+    _, commutes = INPLACE_TWINS[node.target]
+    commutes = commutes and not node.kwargs and len(node.args) == 2
+    operands = node.args[: 2 if commutes else 1]
+    pairs = []
+    for operand in operands:
+        if not isinstance(operand, fx.Node) or not _same_layout(operand.meta["val"], node.meta["val"]):
+            continue
+        storage = operand.meta["fxmem_storages"][0]
+        others = [n for n in node.all_input_nodes if n is not operand]
+        doubled = sum(a is operand for a in node.args) > 1
+        aliased = any(storage in n.meta["fxmem_storages"] for n in others)
+        if not doubled and not aliased and not infos[storage].is_input:
+            pairs.append((storage, outputs[0]))
+    return tuple(pairs)
+
+
+def _same_layout(operand: torch.Tensor, result: torch.Tensor) -> bool:
+    """Whether the result may be written over the operand: same shape, strides and dtype, and the operand fills its storage."""
+    same = operand.shape == result.shape and operand.stride() == result.stride() and operand.dtype == result.dtype
+    return same and operand.untyped_storage().nbytes() == result.untyped_storage().nbytes()
+
+
+def _has_dropout_variant(node: fx.Node) -> bool:
+    return node.target is aten.native_dropout.default and node.args[2] is not False and 0 < node.args[1] < 1 and not is_backward(node)
+
+
+def _dropout_variant(node: fx.Node, dropout: Operator) -> Operator:
+    """A dropout whose mask was kept runs again as two multiplications, without drawing."""
+    result, mask = dropout.outputs
+    source = node.args[0].meta["fxmem_storages"][0]
+    return Operator(
+        name=f"{dropout.name}_from_mask",
+        inputs=(source, mask),
+        outputs=(result,),
+        time_s=min(dropout.time_s, 2 * dropout.time_s / 3),
+        module=dropout.module,
+    )

@@ -1,0 +1,21 @@
+"""The stages that work on a graph, each an fx pass: use them alone, in a PassManager, or through `fxmem.transform`.
+
+MatchEager      makes a captured joint graph round as the plain module does
+UpdateBuffers   writes buffers where they change
+ShapeProp       fake values and storages of every node
+Liveness        first and last uses, bytes alive
+MarkRegions     where the chain of regions is cut
+Costs           seconds and workspace of every node
+Rematerialize   solves for a budget and writes the graph anew, in place where the schedule says so
+"""
+
+from .base import Pass
+from .costs import Costs
+from .liveness import Liveness
+from .match_eager import MatchEager
+from .regions import MarkRegions
+from .rematerialize import Rematerialize
+from .shape_prop import ShapeProp
+from .update_buffers import UpdateBuffers
+
+__all__ = ["Costs", "Liveness", "MarkRegions", "MatchEager", "Pass", "Rematerialize", "ShapeProp", "UpdateBuffers"]

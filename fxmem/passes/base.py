@@ -1,0 +1,46 @@
+"""What all fxmem passes share: an honest `modified`, a lint of what they leave, one log line each.
+
+A pass is a `torch.fx.passes.infra.pass_base.PassBase`: callable on a GraphModule, alone or in a PassManager, before and after
+other people's passes. It reads `node.meta["val"]` and never contradicts it; its own keys begin with `fxmem_`.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+
+from torch import fx
+from torch.fx.passes.infra.pass_base import PassBase, PassResult
+
+from ..errors import CaptureError
+
+log = logging.getLogger(__name__)
+
+
+class Pass(PassBase):
+    """Base of the passes: `apply` changes or annotates the graph module and tells whether it changed the graph."""
+
+    def apply(self, graph_module: fx.GraphModule) -> bool:
+        raise NotImplementedError
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        started, before = time.perf_counter(), len(graph_module.graph.nodes)
+        modified = self.apply(graph_module)
+        if modified:
+            graph_module.graph.lint()
+            graph_module.recompile()
+        log.debug(
+            "%s: %.2f s, %+d nodes", type(self).__name__, time.perf_counter() - started, len(graph_module.graph.nodes) - before
+        )
+        return PassResult(graph_module, modified)
+
+
+def require(graph_module: fx.GraphModule, key: str, made_by: str) -> None:
+    """Raise CaptureError unless the pass `made_by` has left its `key` in the graph module's meta."""
+    if key not in graph_module.meta:
+        raise CaptureError(f"this graph module has no {key!r} yet: run fxmem.passes.{made_by} before this pass")
+
+
+def is_backward(node: fx.Node) -> bool:
+    """Whether the node belongs to the backward part of a joint graph."""
+    return node.meta.get("fxmem_backward", False)

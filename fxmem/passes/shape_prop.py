@@ -1,0 +1,82 @@
+"""Shape propagation over storages: runs the graph on fake tensors and notes who shares whose bytes.
+
+`torch.fx.passes.shape_prop.ShapeProp` knows tensors; memory is made of storages. Aliasing is read off the fake storages
+themselves, so that every view, `_unsafe_view` and `detach` counts as what it is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from ..torch_internals import fake_mode_of, pytree, storage_key
+from .base import Pass
+
+
+@dataclass(frozen=True)
+class StorageInfo:
+    """One storage of a graph: the node that makes it (a placeholder for what is there before), and its bytes."""
+
+    node: fx.Node
+    size_bytes: int
+
+    @property
+    def is_input(self) -> bool:
+        return self.node.op in ("placeholder", "get_attr")
+
+
+class ShapeProp(Pass):
+    """Annotates every node with `meta["val"]` (fake) and `meta["fxmem_storages"]`, the indices of the storages behind it,
+    and the graph module with `meta["fxmem_storages"]`, a tuple of StorageInfo.
+
+    example_inputs: fake or real inputs; where None, the placeholders' own `meta["val"]` is used.
+    alignment_bytes: what the device's allocator rounds sizes up to (CUDA: 512).
+    """
+
+    def __init__(self, example_inputs: tuple | None = None, alignment_bytes: int = 1):
+        super().__init__()
+        self.example_inputs = example_inputs
+        self.alignment_bytes = alignment_bytes
+
+    def apply(self, graph_module: fx.GraphModule) -> bool:
+        placeholders = [n for n in graph_module.graph.nodes if n.op == "placeholder"]
+        inputs = self.example_inputs if self.example_inputs is not None else tuple(n.meta["val"] for n in placeholders)
+        with torch.no_grad(), fake_mode_of(inputs, allow_real=True) as mode:
+            inputs = pytree.tree_map(lambda v: mode.from_tensor(v) if type(v) in (torch.Tensor, torch.nn.Parameter) else v, inputs)
+            # Nothing may be freed on the way: a fake storage's identity is that of a live object.
+            interpreter = fx.Interpreter(graph_module, garbage_collect_values=False)
+            interpreter.run(*inputs)
+        self._annotate(graph_module, interpreter.env)
+        return False
+
+    def _annotate(self, graph_module: fx.GraphModule, env: dict) -> None:
+        index_of: dict[int, int] = {}
+        infos: list[StorageInfo] = []
+        for node in graph_module.graph.nodes:
+            if node.op == "output":
+                continue
+            value = env[node]
+            node.meta["val"] = value
+            indices = []
+            for leaf in pytree.tree_leaves(value):
+                if not isinstance(leaf, torch.Tensor):
+                    continue
+                key = storage_key(leaf)
+                if key not in index_of:
+                    index_of[key] = len(infos)
+                    infos.append(StorageInfo(node, self._rounded(leaf.untyped_storage().nbytes())))
+                indices.append(index_of[key])
+            node.meta["fxmem_storages"] = tuple(dict.fromkeys(indices))
+        graph_module.meta["fxmem_storages"] = tuple(infos)
+
+    def _rounded(self, size_bytes: int) -> int:
+        return -(-size_bytes // self.alignment_bytes) * self.alignment_bytes
+
+
+def is_view(node: fx.Node, infos: tuple[StorageInfo, ...]) -> bool:
+    """Whether `node` makes no storage of its own: it only shows bytes that are there, and has no other effect."""
+    if node.op != "call_function" or "fxmem_writes" in node.meta:
+        return False
+    return bool(node.meta["fxmem_storages"]) and all(infos[s].node is not node for s in node.meta["fxmem_storages"])

@@ -1,0 +1,54 @@
+"""Buffer updates where they happen: the joint graph hands new buffer values out at its end, the plain module writes them at once."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from ..errors import CaptureError
+from .base import Pass
+
+aten = torch.ops.aten
+
+
+class UpdateBuffers(Pass):
+    """Writes each updated buffer by a `copy_` right after its new value is made, and takes the value off the outputs.
+
+    What reads the old value later on (in the backward, say) gets a clone of it that is made before the write.
+    Needs the roles that `fxmem.capture` leaves.
+    """
+
+    def apply(self, graph_module: fx.GraphModule) -> bool:
+        graph = graph_module.graph
+        output = graph.output_node()
+        if "fxmem_roles" not in output.meta:
+            raise CaptureError("UpdateBuffers needs the roles of a captured joint graph: run fxmem.capture.capture first")
+        buffers = {n.meta["fxmem_role"].key: n for n in graph.nodes if n.op == "placeholder" and n.meta["fxmem_role"].kind == "buffer"}
+        position = {n: i for i, n in enumerate(graph.nodes)}
+        kept = []
+        for value, role in zip(output.args[0], output.meta["fxmem_roles"], strict=True):
+            if role.kind == "buffer_update":
+                _write(graph, buffers[role.key], value, position)
+            else:
+                kept.append((value, role))
+        modified = len(kept) < len(output.args[0])
+        output.args = (tuple(v for v, _ in kept),)
+        output.meta["fxmem_roles"] = tuple(r for _, r in kept)
+        return modified
+
+
+def _write(graph: fx.Graph, buffer: fx.Node, value: fx.Node, position: dict[fx.Node, int]) -> None:
+    late = [u for u in buffer.users if position.get(u, 0) > position[value]]
+    if late:
+        with graph.inserting_before(min(buffer.users, key=lambda u: position.get(u, 0))):
+            clone = graph.call_function(aten.clone.default, (buffer,))
+        clone.meta["val"] = buffer.meta["val"]
+        for user in late:
+            user.replace_input_with(buffer, clone)
+    after = value.next
+    while after.target is torch.ops.aten.copy_.default or (value.args and after.args[:1] == value.args[:1]):
+        after = after.next  # stay behind the other results of the same operator
+    with graph.inserting_before(after):
+        write = graph.call_function(aten.copy_.default, (buffer, value))
+    write.meta.update(val=buffer.meta["val"], fxmem_writes=buffer)
+    write.meta.update({k: value.meta[k] for k in ("nn_module_stack", "stack_trace", "seq_nr") if k in value.meta})

@@ -1,0 +1,87 @@
+"""Plan: what was decided for one module, one kind of input and one budget; plain data, and the account of it that people read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from .problem import Problem
+from .report.summary import summarize
+from .solvers import Solution
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The decisions for one training step. All peaks are bytes alive at once, parameters, buffers and inputs included.
+
+    budget_bytes: what the peak had to stay under; None where nothing was to be recomputed.
+    baseline_peak_bytes, baseline_by_kind: the plain module under PyTorch's autograd, predicted in the same way.
+    problem, solution: the torch-free problem that was solved, and the schedule that runs.
+    cost: the name of the cost model. capture_time_s: seconds of capture, costs and everything else before the solver.
+    """
+
+    model: str
+    budget_bytes: int | None
+    baseline_peak_bytes: int
+    baseline_by_kind: dict[str, int]
+    problem: Problem
+    solution: Solution
+    cost: str
+    capture_time_s: float
+
+    @property
+    def predicted_peak_bytes(self) -> int:
+        """Peak of the planned step, which `fxmem.measure` must find."""
+        return self.solution.timeline.peak_bytes
+
+    @property
+    def peak_by_kind(self) -> dict[str, int]:
+        """Bytes at the predicted peak, by kind of storage."""
+        return self.solution.timeline.peak_by_kind
+
+    @property
+    def predicted_overhead(self) -> float:
+        """Extra time over forward and backward run once (0.1: ten percent)."""
+        return self.solution.timeline.overhead
+
+    @property
+    def lower_bound_overhead(self) -> float:
+        """No schedule of these operators within the budget has less extra time than this."""
+        return self.solution.lower_bound_overhead
+
+    @property
+    def status(self) -> str:
+        """How good the plan is known to be, and what cut the solver short."""
+        return self.solution.status
+
+    @property
+    def solve_time_s(self) -> float:
+        """Seconds that the solver took."""
+        return self.solution.solve_time_s
+
+    def summary(self) -> str:
+        """A table: peaks before and after by kind, what is kept and recomputed by module, time, status and gap."""
+        return summarize(self)
+
+    def __str__(self) -> str:
+        return self.summary()
+
+
+@dataclass(frozen=True)
+class Frontier(Sequence):
+    """Plans from no recompute to the least reachable peak: a smaller peak never costs less time."""
+
+    plans: tuple[Plan, ...]
+
+    def __getitem__(self, index):
+        return self.plans[index]
+
+    def __len__(self) -> int:
+        return len(self.plans)
+
+    def __iter__(self) -> Iterator[Plan]:
+        return iter(self.plans)
+
+    def __str__(self) -> str:
+        rows = [f"{plan.predicted_peak_bytes:>20,} {100 * plan.predicted_overhead:>11.1f} %  {plan.status}" for plan in self.plans]
+        return "\n".join([f"{'peak (bytes)':>20} {'extra time':>13}  status", *rows])

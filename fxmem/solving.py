@@ -1,0 +1,21 @@
+"""From what the user asked for to one call of a solver."""
+
+from __future__ import annotations
+
+from .budget import Budget
+from .problem import Problem
+from .schedule import plain_schedule, simulate
+from .solvers import Solution, least_peak, solve
+
+
+def choose(problem: Problem, budget: Budget, plain_peak_bytes: int, solver: str = "auto", time_limit_s: float = 60.0) -> Solution:
+    """The Solution of `problem` for `budget`, of which a fraction is one of `plain_peak_bytes`.
+
+    Raises InfeasibleBudgetError.
+    """
+    if budget.is_free:
+        return solve(problem, simulate(problem, plain_schedule(problem)).peak_bytes, solver=solver, time_limit_s=time_limit_s)
+    size_bytes = budget.resolve(plain_peak_bytes)
+    if size_bytes is None:
+        return least_peak(problem, max_overhead=budget.max_overhead, time_limit_s=time_limit_s)
+    return solve(problem, size_bytes, solver=solver, time_limit_s=time_limit_s)
