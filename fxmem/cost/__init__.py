@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import fx
 
 from ..errors import CostError
 from .base import CostModel, OpCall, OpCost, call_of
@@ -13,7 +17,10 @@ from .measured import MeasuredCost
 from .roofline import RooflineCost
 from .workspace import workspace_bytes
 
-__all__ = ["CostModel", "MeasuredCost", "OpCall", "OpCost", "RooflineCost", "call_of", "cost_model", "workspace_bytes"]
+__all__ = [
+    "CostModel", "MeasuredCost", "OpCall", "OpCost", "RooflineCost", "call_of", "checked_cost", "cost_model", "workspace_bytes",
+    "workspace_of",
+]  # fmt: skip
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +43,29 @@ def cost_model(cost: str | CostModel, device: torch.device) -> CostModel:
     elif isinstance(cost, CostModel):
         return cost
     raise CostError(f"unknown cost {cost!r}; allowed: 'measured', 'roofline', {', '.join(map(repr, DEVICE_NAMES))}, or a CostModel")
+
+
+def checked_cost(model: CostModel, node: fx.Node) -> OpCost:
+    """`model.cost(node)`; CostError, naming the node, where that is no finite cost of zero or more."""
+    cost = model.cost(node)
+    if not all(math.isfinite(value) and value >= 0 for value in (cost.time_s, cost.workspace_bytes)):
+        raise CostError(
+            f"cost model {model.name!r} says that node {node.name!r} ({node.target}) costs {cost}; "
+            "seconds and bytes must be finite and zero or more"
+        )
+    return cost
+
+
+def workspace_of(model: CostModel) -> Callable[[Any, tuple, dict, Any], int]:
+    """`model`'s workspace as a function of (operator, args, kwargs, result), for what is no node; the formulas' where the
+    model can cost nodes only."""
+    cost_of_call = getattr(model, "cost_of_call", None)
+
+    def workspace(target: Any, args: tuple, kwargs: dict, out: Any) -> int:
+        call = OpCall(target, args, kwargs, out)
+        return cost_of_call(call).workspace_bytes if cost_of_call else workspace_bytes(call)
+
+    return workspace
 
 
 def _row_for(device: torch.device) -> str:

@@ -96,12 +96,9 @@ def _tensors(tree: Any) -> Iterator[torch.Tensor]:
 
 @runtime_checkable
 class CostModel(Protocol):
-    """Anything with a name that tells the cost of a node, and of a call that is no node."""
+    """Anything with a name that tells the cost of a node."""
 
     name: str
 
     def cost(self, node: fx.Node) -> OpCost:
         """Cost of a call_function node whose arguments and result carry fake tensors in `meta["val"]`."""
-
-    def cost_of_call(self, call: OpCall) -> OpCost:
-        """Cost of one operator call on fake tensors."""

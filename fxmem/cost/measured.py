@@ -8,7 +8,6 @@ process. The random number generators are left as they were.
 from __future__ import annotations
 
 import logging
-import math
 import statistics
 import time
 from collections.abc import Callable
@@ -17,7 +16,6 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..errors import CostError
 from ..torch_internals import cpu_memory_events, pytree, real_tensors
 from .base import OpCall, OpCost, call_of, storage_key
 from .operands import real_operands
@@ -44,11 +42,8 @@ class MeasuredCost:
         self.name = "measured"
 
     def cost(self, node: fx.Node) -> OpCost:
-        """Measured cost of a call_function node; CostError, naming it, where a value is missing or the cost is no number."""
-        cost = self.cost_of_call(call_of(node))
-        if not (math.isfinite(cost.time_s) and cost.time_s >= 0 and cost.workspace_bytes >= 0):
-            raise CostError(f"node {node.name!r} ({node.target}) measured as {cost}; costs must be finite and not negative")
-        return cost
+        """Measured cost of a call_function node; CostError, naming it, where a value is missing."""
+        return self.cost_of_call(call_of(node))
 
     def cost_of_call(self, call: OpCall) -> OpCost:
         """Measured cost of one operator call on fake tensors."""

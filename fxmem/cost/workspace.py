@@ -56,34 +56,55 @@ def _columns(x: torch.Tensor, w: torch.Tensor, spatial: torch.Size) -> int:
     return x.shape[0] * x.shape[1] * math.prod(w.shape[2:]) * math.prod(spatial) * x.element_size()
 
 
+def _reordered_input(x: torch.Tensor, w: torch.Tensor) -> int:
+    """The input in blocks; an image of a few channels is read as it lies, unless the kernel is a large patch."""
+    plain = x.shape[1] <= 4 and math.prod(w.shape[2:]) <= 49
+    return 0 if plain else _blocked(x, (1,))
+
+
+def _unit_stride_copy(x: torch.Tensor, w: torch.Tensor, strides: list[int], spatial: torch.Size) -> int:
+    """A strided 1x1 convolution gathers the pixels that it looks at: one image for each thread."""
+    if math.prod(w.shape[2:]) > 1 or max(strides) == 1:
+        return 0
+    return torch.get_num_threads() * x.shape[1] * math.prod(spatial) * x.element_size()
+
+
 def _convolution(call: OpCall) -> int:
     """oneDNN reorders input and weight into blocks, computes a blocked output, frees the first two and copies the third
     into the plain layout; a transposed one holds two more outputs for a moment. Channels-last runs as it lies, but for the
     weight. cuDNN does much the same where it picks a layout of its own."""
-    x, w, transposed = call.args[0], call.args[1], call.args[6]
+    x, w, strides, transposed = call.args[0], call.args[1], call.args[3], call.args[6]
     out = call.outputs[0]
     if x.dtype is torch.float64:
-        return _columns(x, w, x.shape[2:] if transposed else out.shape[2:])
+        return _contiguous_copies(call) + _columns(x, w, x.shape[2:] if transposed else out.shape[2:])
     if _channels_last(x):
         return 2 * _blocked(w, (0,))
-    x_bytes, out_bytes = _blocked(x, (1,)), _blocked(out, (1,))
-    computing = x_bytes + 2 * _blocked(w, (0,)) - _bytes(w) + out_bytes - _bytes(out)
-    return max(computing, (2 if transposed else 1) * out_bytes)
+    out_bytes = _blocked(out, (1,))
+    computing = _reordered_input(x, w) + 2 * _blocked(w, (0,)) - _bytes(w) + out_bytes - _bytes(out)
+    computing += _unit_stride_copy(x, w, strides, out.shape[2:])
+    return _contiguous_copies(call) + max(computing, (2 if transposed else 1) * out_bytes)
 
 
 def _convolution_backward(call: OpCall) -> int:
-    """Output gradient and input in blocks while the weight gradient is summed up, one partial sum a thread where
-    activations outweigh weights; then the weight gradient in blocks beside the plain one."""
-    grad, x, w = call.args[:3]
+    """First the input's gradient, in blocks and then plain (twice in blocks where the convolution is strided and not depthwise); then output
+    gradient and input in blocks while the weight's gradient is summed up, with one more partial sum for each further thread
+    where activations outweigh weights; then the weight's gradient in blocks beside the plain one."""
+    grad, x, w, _, strides = call.args[:5]
     if x.dtype is torch.float64:
-        return _columns(x, w, x.shape[2:] if call.args[7] else grad.shape[2:])
+        return _contiguous_copies(call) + _columns(x, w, x.shape[2:] if call.args[7] else grad.shape[2:])
     w_bytes = _blocked(w, (0,)) * (4 // min(4, w.element_size()))
-    operands = 0 if _channels_last(x) else _blocked(grad, (1,)) + _blocked(x, (1,))
-    splits = min(torch.get_num_threads(), x.shape[0]) if _on_cpu(call) else 1
-    partial = w_bytes * splits if _bytes(grad) + _bytes(x) > _bytes(w) else 0
+    splits = min(torch.get_num_threads(), x.shape[0]) - 1 if _on_cpu(call) else 1
+    partial = w_bytes * splits + (64 << 10) if _bytes(grad) + _bytes(x) > _bytes(w) else 0
     if x.dtype in LOW_PRECISION:
-        partial += _bytes(x)
-    return max(operands + partial, 2 * w_bytes if _channels_last(x) else w_bytes, operands + w_bytes - call.new_output_bytes)
+        partial += _bytes(x) + w_bytes
+    if _channels_last(x) or _channels_last(grad):
+        return partial + 3 * w_bytes + sum(_bytes(t) for t in (x, grad) if not _channels_last(t))
+    grad_bytes, x_bytes = _blocked(grad, (1,)), _reordered_input(x, w)
+    input_phase = max(grad_bytes + w_bytes, x_bytes) + x_bytes - call.new_output_bytes if call.args[10][0] else 0
+    if call.args[10][0] and max(strides) > 1 and w.shape[1] > 1:
+        input_phase = max(input_phase, 3 * x_bytes - call.new_output_bytes)
+    weight_phase = grad_bytes + x_bytes + partial + _unit_stride_copy(x, w, strides, grad.shape[2:])
+    return _contiguous_copies(call) + max(input_phase, weight_phase, w_bytes)
 
 
 def _promotion(call: OpCall) -> int:
@@ -106,6 +127,18 @@ def _promoted_operands(call: OpCall) -> int:
 def _contiguous_copies(call: OpCall) -> int:
     """Kernels that take plain layouts only: a copy of each operand that lies otherwise."""
     return sum(_bytes(t) for t in call.inputs if not (t.is_contiguous() or _channels_last(t)))
+
+
+def _resampling(call: OpCall) -> int:
+    """The CPU's kernel for small images takes channels-last: input and output once more."""
+    small = call.outputs[0].shape[-1] < 96
+    return _contiguous_copies(call) + (call.new_output_bytes + _bytes(call.inputs[0]) if _on_cpu(call) and small else 0)
+
+
+def _safe_softmax(call: OpCall) -> int:
+    """A mask of the entries that are minus infinity, and one of the rows that are."""
+    x = call.inputs[0]
+    return _softmax(call) + x.numel() + 2 * x.numel() // max(1, x.shape[call.args[1]])
 
 
 def _softmax(call: OpCall) -> int:
@@ -198,7 +231,10 @@ WORKSPACE: dict[object, Callable[[OpCall], int]] = {
     aten.native_dropout: _dropout,
     aten.native_dropout_backward: _promoted_operands,
     aten.cat: _promoted_operands,
+    aten.upsample_nearest2d: _resampling,
+    aten.upsample_bilinear2d: _resampling,
     aten._softmax: _softmax,
+    aten._safe_softmax: _safe_softmax,
     aten._log_softmax: _softmax,
     aten._softmax_backward_data: _softmax,
     aten._log_softmax_backward_data: _softmax,
