@@ -98,8 +98,9 @@ class _Ledger(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        if not self._silent:
-            for tensor in _tensors(out):
+        made = _tensors(out)
+        if made and not self._silent:
+            for tensor in made:
                 self.add(tensor, self._making)
             inside = self._workspace(func, args, kwargs, out) if self._workspace else 0
             self._records.append((str(func), self._live | {"workspace": inside}))

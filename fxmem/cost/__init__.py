@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +11,7 @@ from torch import fx
 
 from ..errors import CostError
 from .base import CostModel, OpCall, OpCost, call_of
-from .devices import DEVICE_NAMES, DEVICES
+from .devices import DEVICE_NAMES, row_for
 from .measured import MeasuredCost
 from .roofline import RooflineCost
 from .workspace import workspace_bytes
@@ -21,8 +20,6 @@ __all__ = [
     "CostModel", "MeasuredCost", "OpCall", "OpCost", "RooflineCost", "call_of", "checked_cost", "cost_model", "workspace_bytes",
     "workspace_of",
 ]  # fmt: skip
-
-log = logging.getLogger(__name__)
 
 
 def cost_model(cost: str | CostModel, device: torch.device) -> CostModel:
@@ -37,7 +34,7 @@ def cost_model(cost: str | CostModel, device: torch.device) -> CostModel:
         if cost == "measured":
             return MeasuredCost(device)
         if cost == "roofline":
-            return RooflineCost(_row_for(device))
+            return RooflineCost(row_for(device))
         if cost in DEVICE_NAMES:
             return RooflineCost(cost)
     elif isinstance(cost, CostModel):
@@ -66,14 +63,3 @@ def workspace_of(model: CostModel) -> Callable[[Any, tuple, dict, Any], int]:
         return cost_of_call(call).workspace_bytes if cost_of_call else workspace_bytes(call)
 
     return workspace
-
-
-def _row_for(device: torch.device) -> str:
-    """The table row of the device at hand; H100, with a warning, for a GPU that the table does not have."""
-    if device.type != "cuda":
-        return "cpu"
-    name = torch.cuda.get_device_name(device) if torch.cuda.is_available() else "no GPU at hand"
-    row = next((known for known in DEVICES if known in name), None)
-    if row is None:
-        log.warning("the device table has no row for %r; planning with H100's", name)
-    return row or "H100"

@@ -7,11 +7,14 @@ P100's peaks are those of MONeT's experiments (Shah et al., 2020).
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import torch
 
 from ..errors import CostError
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -73,3 +76,14 @@ def device_table(name: str) -> Device:
     if name not in DEVICES:
         raise CostError(f"unknown device {name!r}; the table has {', '.join(DEVICE_NAMES)}")
     return DEVICES[name]
+
+
+def row_for(device: torch.device) -> str:
+    """The table row of the device at hand; H100, with a warning, for a GPU that the table does not have."""
+    if device.type != "cuda":
+        return "cpu"
+    name = torch.cuda.get_device_name(device) if torch.cuda.is_available() else "no GPU at hand"
+    row = next((known for known in DEVICES if known in name), None)
+    if row is None:
+        log.warning("the device table has no row for %r; planning with H100's", name)
+    return row or "H100"

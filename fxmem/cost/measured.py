@@ -18,13 +18,14 @@ from torch import fx
 
 from ..torch_internals import cpu_memory_events, pytree, real_tensors
 from .base import OpCall, OpCost, call_of, storage_key
+from .devices import row_for
 from .operands import real_operands
 from .roofline import RooflineCost
 
 log = logging.getLogger(__name__)
 
-MIN_RUNS, MAX_RUNS = 3, 15
-SECONDS_PER_OPERATOR = 0.03  # short operators are repeated up to this long, which steadies their median
+MIN_RUNS, MAX_RUNS = 2, 15
+SECONDS_PER_OPERATOR = 0.1  # operators are repeated for about this long, which steadies the median of short ones
 
 _measured: dict[tuple, OpCost | None] = {}
 
@@ -38,7 +39,7 @@ class MeasuredCost:
 
     def __init__(self, device: torch.device):
         self._device = device
-        self._roofline = RooflineCost("cpu" if device.type != "cuda" else "H100")
+        self._roofline = RooflineCost(row_for(device))
         self.name = "measured"
 
     def cost(self, node: fx.Node) -> OpCost:
@@ -88,9 +89,10 @@ def _run_alone(call: OpCall, device: torch.device) -> OpCost:
 
 
 def _median_s(seconds: Callable[[], float]) -> float:
-    first = seconds()
-    count = min(MAX_RUNS, max(MIN_RUNS, int(SECONDS_PER_OPERATOR / max(first, 1e-9))))
-    return statistics.median(seconds() for _ in range(count))
+    times = [seconds()]
+    count = min(MAX_RUNS, max(MIN_RUNS, int(SECONDS_PER_OPERATOR / max(times[0], 1e-9))))
+    times += [seconds() for _ in range(count - 1)]
+    return statistics.median_low(times)
 
 
 def _cpu_seconds(run: Callable[[], Any]) -> float:

@@ -1,0 +1,136 @@
+"""The predicted eager peak against the measured one, and against bytes counted by hand."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from fxmem.baseline import eager_timeline
+from fxmem.cost import cost_model, workspace_of
+from fxmem.errors import MeasureError
+from fxmem.measure import measure
+from fxmem.torch_internals import FakeTensorMode
+
+KB4 = 4 * 1024
+CPU = torch.device("cpu")
+
+
+class Exponentials(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(1024))
+
+    def forward(self, x):
+        return (self.w * x).exp().exp()
+
+
+class Branches(nn.Module):
+    """Shared weights, an in-place operator, a concatenation, and two outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(64, 64), nn.Linear(64, 64, bias=False)
+        self.b.weight = self.a.weight
+
+    def forward(self, x):
+        left = torch.relu_(self.a(x))
+        right = torch.tanh(self.b(left))
+        return {"joined": torch.cat([left, right], 1), "right": right * 2}
+
+
+class Checkpointed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Sequential(nn.Linear(64, 64), nn.GELU()) for _ in range(4)])
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = checkpoint(layer, x, use_reentrant=False)
+        return x.sum()
+
+
+def convolutional():
+    layers = [nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(inplace=True), nn.MaxPool2d(2), nn.Dropout(0.2)]
+    return nn.Sequential(*layers, nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(2048, 10))
+
+
+X = torch.randn(32, 64)
+IMAGES = torch.randn(4, 3, 32, 32)
+CASES = {
+    "exponentials": (Exponentials(), (torch.zeros(1024),)),
+    "branches": (Branches(), (X,)),
+    "input gradients": (Branches(), (X.clone().requires_grad_(),)),
+    "frozen": (Branches().requires_grad_(False), (X.clone().requires_grad_(),)),
+    "convolutional": (convolutional(), (IMAGES,)),
+    "evaluation": (convolutional().eval(), (IMAGES,)),
+    "transformer": (nn.TransformerEncoderLayer(64, 4, 128, dropout=0.1, batch_first=True), (torch.randn(2, 32, 64),)),
+    "checkpointed": (Checkpointed(), (torch.randn(512, 64),)),
+}
+
+
+def test_bytes_of_a_chain():
+    timeline = eager_timeline(Exponentials(), (torch.zeros(1024),))
+    assert timeline.peak_bytes == 7 * KB4
+    kinds = {"parameter": KB4, "buffer": 0, "input": 2 * KB4, "activation": 2 * KB4, "gradient": 2 * KB4, "workspace": 0}
+    assert timeline.peak_by_kind == kinds
+    forward = list(zip(timeline.op_names, timeline.during_bytes, strict=True))[: timeline.num_forward]
+    assert [step for step in forward if step[0] != "aten.detach.default"] == [
+        ("aten.mul.Tensor", 4 * KB4),
+        ("aten.exp.default", 5 * KB4),
+        ("aten.exp.default", 5 * KB4),
+    ]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_agrees_with_what_is_measured(name):
+    module, args = CASES[name]
+    predicted = eager_timeline(module, args, workspace=workspace_of(cost_model("measured", CPU)))
+    assert predicted.peak_bytes == pytest.approx(measure(module, args, repeats=1).peak_bytes, rel=0.005)
+    assert sum(predicted.peak_by_kind.values()) == predicted.peak_bytes == max(predicted.during_bytes)
+
+
+def test_workspace_is_added_where_it_is_taken():
+    def workspace(operator, args, kwargs, out):
+        return 100 * KB4 if operator is torch.ops.aten.mul.Tensor and args[0].requires_grad else 0
+
+    timeline = eager_timeline(Exponentials(), (torch.zeros(1024),), workspace=workspace)
+    assert timeline.during_bytes[0] == timeline.peak_bytes == 104 * KB4
+    assert timeline.peak_by_kind["workspace"] == 100 * KB4
+
+
+@pytest.mark.parametrize("place", ["meta", "fake"])
+def test_no_data_is_needed(place):
+    real = eager_timeline(*CASES["convolutional"])
+    with torch.device("meta") if place == "meta" else FakeTensorMode():
+        module, x = convolutional(), torch.empty(4, 3, 32, 32)
+    assert eager_timeline(module, (x,)) == real
+
+
+def test_an_absurd_batch_is_predicted_without_memory():
+    module, _ = CASES["convolutional"]
+    timeline = eager_timeline(module, (torch.empty(1 << 20, 3, 32, 32, device="meta"),))
+    assert timeline.peak_bytes > 1 << 37
+
+
+def test_given_gradients_and_keyword_inputs():
+    gradients = [torch.ones(1).expand(1024)]
+    timeline = eager_timeline(Exponentials(), (), {"x": torch.zeros(1024)}, output_gradients=gradients)
+    assert timeline.peak_by_kind["input"] == KB4 + 4
+
+
+def test_the_module_is_left_alone():
+    module, (x,) = CASES["convolutional"]
+    calls = []
+    handle = module[0].weight.register_hook(calls.append)
+    state, generator = {k: v.clone() for k, v in module.state_dict().items()}, torch.get_rng_state()
+    eager_timeline(module, (x,))
+    handle.remove()
+    assert not calls
+    assert all(p.grad is None and type(p) is nn.Parameter for p in module.parameters())
+    assert all(torch.equal(v, state[k]) for k, v in module.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), generator)
+
+
+def test_no_backward():
+    with pytest.raises(MeasureError, match="no output of ReLU requires grad"):
+        eager_timeline(nn.ReLU(), (torch.zeros(2),))
