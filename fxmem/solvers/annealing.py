@@ -72,6 +72,7 @@ def _walk(state: State, run: Run, moves: Moves, best: Incumbent, deadline: float
     """The walk itself; False where the deadline cut it short."""
     rng, unit_s = moves.rng, state.compiled.problem.plain_time_s or 1.0
     weight, temperature = run.weight, run.hot
+    adapt_every = min(1024, max(64, run.moves // 100 // 64 * 64))
     cooling = (run.cold / run.hot) ** (CHECK_EVERY / max(run.moves, CHECK_EVERY))
     for count in range(1, run.moves + 1):
         before_s, before_bytes = state.time_s, state.excess_bytes
@@ -84,10 +85,10 @@ def _walk(state: State, run: Run, moves: Moves, best: Incumbent, deadline: float
                 best.offer(state)
         else:
             state.undo()
+        if count % adapt_every == 0:
+            weight *= 1.15 if state.excess_bytes else 0.95
         if count % CHECK_EVERY == 0:
             temperature *= cooling
-            if count % 1024 == 0:
-                weight *= 1.15 if state.excess_bytes else 0.95
             if time.monotonic() > deadline:
                 return False
             if progress and count % (16 * CHECK_EVERY) == 0:

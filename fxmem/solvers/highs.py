@@ -83,7 +83,8 @@ def _run(program: Program, left_s: float, most_nodes: int | None, start: np.ndar
         options["mip_max_nodes"] = most_nodes
     for name, value in options.items():
         solver.setOptionValue(name, value)
-    solver.passModel(_model(highspy, program))
+    if solver.passModel(_model(highspy, program)) == highspy.HighsStatus.kError:
+        return Outcome("error: HiGHS refused the program", None, -math.inf)
     if start is not None:
         solution = highspy.HighsSolution()
         solution.col_value = [float(v) for v in start]

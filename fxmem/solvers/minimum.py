@@ -10,7 +10,8 @@ from dataclasses import replace
 
 from ..schedule import Schedule, simulate
 from .base import Task
-from .search import _first, squeeze
+from .pool import Pool
+from .search import first_states, squeeze
 from .stages import compile_problem
 from .state import State, least_possible_bytes
 
@@ -20,8 +21,9 @@ def smallest_schedule(task: Task) -> Schedule:
     compiled = compile_problem(task.problem)
     floor_bytes = least_possible_bytes(task.problem, compiled)
     task = replace(task, budget_bytes=floor_bytes)
-    best = _first(task, compiled, floor_bytes)
+    best = first_states(task, compiled, floor_bytes)
     if best.desired is None:
-        best = squeeze(task, compiled, floor_bytes, best)
+        with Pool(len(compiled.stages)) as pool:
+            best = squeeze(task, compiled, floor_bytes, best, pool)
     schedules = [State(compiled, floor_bytes, list(best.smallest)).schedule(), *task.starts]
     return min(schedules, key=lambda schedule: simulate(task.problem, schedule).peak_bytes)

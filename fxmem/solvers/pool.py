@@ -1,13 +1,110 @@
-"""Annealing runs, one after another."""
+"""Annealing runs in this process and, where it pays, one more.
+
+The second process is a plain `python -m fxmem.solvers.pool` that reads runs and writes what they found: no fork of a process
+that holds threads and devices, no second import of the caller's main module. Results do not depend on where a run was made;
+if the second process fails, its runs are made here.
+"""
 
 from __future__ import annotations
 
+import os
+import pickle
+import subprocess
+import sys
+import threading
+import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from .annealing import Incumbent, Run, anneal
 from .base import Progress
 
+WORTHWHILE_S = 5.0  # the second process takes a few seconds to start
+MOVE_STAGE_S = 2e-6  # seconds of one move, for each stage of the backward
 
-def run_all(runs: Sequence[Run], deadline: float, progress: Progress | None = None) -> list[Incumbent]:
-    """The runs' incumbents, in the order of the runs."""
-    return [anneal(run, deadline, progress) for run in runs]
+
+class Pool:
+    """A context that holds the second process while a search lasts."""
+
+    def __init__(self, stages: int):
+        self.stages, self.process = stages, None
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._stop()
+
+    def run_all(self, runs: Sequence[Run], deadline: float, progress: Progress | None = None) -> list[Incumbent]:
+        """The runs' incumbents, in the order of the runs. deadline: in time.monotonic() seconds."""
+        estimate_s = sum(run.moves for run in runs) * self.stages * MOVE_STAGE_S
+        worthwhile = len(runs) > 1 and min(estimate_s, deadline - time.monotonic()) > WORTHWHILE_S
+        away = list(runs[1::2]) if (worthwhile and _cores() > 1 and self._start()) else []
+        returned: list[Incumbent] = []
+        thread = threading.Thread(target=self._ask, args=(away, deadline, returned), daemon=True)
+        if away:
+            thread.start()
+        here = [anneal(run, deadline, progress) for run in (runs[::2] if away else runs)]
+        if not away:
+            return here
+        interrupted = any(i.stopped for i in here) and time.monotonic() < deadline
+        thread.join(1.0 if interrupted else None)
+        if len(returned) != len(away):
+            self._stop()
+            returned = [] if interrupted else [anneal(run, deadline, progress) for run in away]
+        if not returned:
+            return here
+        both = [*here, *returned]
+        both[::2], both[1::2] = here, returned
+        return both
+
+    def _start(self) -> bool:
+        if self.process is None:
+            root = str(Path(__file__).parents[2])
+            environment = dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH")))))
+            try:
+                self.process = subprocess.Popen(
+                    [sys.executable, "-m", "fxmem.solvers.pool"],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.DEVNULL,
+                    env=environment,
+                )
+            except OSError:
+                return False
+        return True
+
+    def _ask(self, runs: list[Run], deadline: float, returned: list[Incumbent]) -> None:
+        try:
+            pickle.dump((runs, deadline - time.monotonic()), self.process.stdin)
+            self.process.stdin.flush()
+            returned += pickle.load(self.process.stdout)
+        except (OSError, EOFError, pickle.PickleError, ValueError):
+            return
+
+    def _stop(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.communicate()
+            self.process = None
+
+
+def serve() -> None:
+    """The second process: lists of runs with the seconds left for them come in, lists of incumbents go out, until the end."""
+    source, sink = sys.stdin.buffer, os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    while True:
+        try:
+            runs, left_s = pickle.load(source)
+            deadline = time.monotonic() + left_s
+            pickle.dump([anneal(run, deadline) for run in runs], sink)
+            sink.flush()
+        except (EOFError, OSError, KeyboardInterrupt):
+            return
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+if __name__ == "__main__":
+    serve()

@@ -1,7 +1,8 @@
 """Search: rounds of annealing from several seeds, each round from the best of the last.
 
-One seed's result varies by a percentage point, so the first round runs several and the second reheats the best. Where
-nothing fits, a round that weighs bytes above all looks for the least peak first (see `minimum`). Every schedule is judged
+One seed's result varies by a percentage point. So the first round begins from everything kept, hot, and from the advice of
+the linear relaxation (see `bound`), cool; the next reheat the best so far. Where nothing fits, runs that weigh bytes above
+all look for the least peak first (see `minimum`). Every schedule is judged
 by `simulate`; should it see more bytes than the incremental evaluation did, the budget shrinks by the difference.
 """
 
@@ -14,23 +15,25 @@ from dataclasses import replace
 from ..schedule import simulate
 from .annealing import Incumbent, Run
 from .base import Answer, Task, register_solver
-from .pool import run_all
+from .bound import hint
+from .pool import Pool
 from .stages import Compiled, compile_problem
 from .starts import starting_states
 from .state import State
 
-SEEDS = 2  # per round: one for each of the two processes
-REHEAT = 1.5e-3
+SEEDS = 2  # per round: one for each of two processes
+HOT, WARM, COOL = 5e-3, 1.5e-3, 5e-4  # temperatures at which runs begin, in fractions of the plain time
 SQUEEZE_WEIGHT = 10.0  # what a byte too many weighs when only bytes matter
 ATTEMPTS = 3
 
 
 @register_solver("search")
 def search(task: Task) -> Answer:
-    """Two rounds of annealing; no schedule where nothing that fits was met."""
+    """Rounds of annealing; no schedule where nothing that fits was met."""
     compiled, budget_bytes, log = compile_problem(task.problem), task.budget_bytes, []
     for _ in range(ATTEMPTS):
-        best = _rounds(task, compiled, budget_bytes, log)
+        with Pool(len(compiled.stages)) as pool:
+            best = _rounds(task, compiled, budget_bytes, pool, log)
         if best.desired is None:
             return Answer(None, stopped=best.stopped, log=tuple(log))
         schedule = State(compiled, budget_bytes, list(best.desired)).schedule()
@@ -45,29 +48,10 @@ def search(task: Task) -> Answer:
 def effort(compiled: Compiled) -> int:
     """Moves of one run, by the number of decisions."""
     decisions = len(compiled.stages) * len(compiled.sizes)
-    return int(min(24_000, 2_000 + 0.5 * decisions))
+    return int(min(9_000, 2_000 + 0.4 * decisions))
 
 
-def _rounds(task: Task, compiled: Compiled, budget_bytes: int, log: list[str]) -> Incumbent:
-    begin = time.monotonic()
-    best = first = _first(task, compiled, budget_bytes)
-    moves, unit_s = effort(compiled), task.problem.plain_time_s or 1.0
-    for number, hot in enumerate((Run.hot, REHEAT)):
-        if best.desired is None:
-            best = squeeze(task, compiled, budget_bytes, best)
-            log.append(f"search: least peak met on the way {best.smallest_bytes:,} bytes")
-            if best.desired is None:
-                return best
-        start = first.desired if number == 0 and first.desired else best.desired
-        run = Run(task.problem, budget_bytes, start, moves, 2 * number, hot=hot)
-        results = run_all([replace(run, seed=run.seed + k) for k in range(SEEDS)], task.deadline, task.progress)
-        best = better([best, *results])
-        log.append(f"search: round {number + 1}, {SEEDS} x {moves} moves, extra time {100 * best.time_s / unit_s:.3f} %, "
-                   f"{time.monotonic() - begin:.1f} s")  # fmt: skip
-    return best
-
-
-def _first(task: Task, compiled: Compiled, budget_bytes: int) -> Incumbent:
+def first_states(task: Task, compiled: Compiled, budget_bytes: int) -> Incumbent:
     """The best of the starting states in either sense."""
     best = Incumbent()
     for desired in starting_states(compiled, task.starts):
@@ -75,13 +59,14 @@ def _first(task: Task, compiled: Compiled, budget_bytes: int) -> Incumbent:
     return best
 
 
-def squeeze(task: Task, compiled: Compiled, budget_bytes: int, best: Incumbent) -> Incumbent:
-    """Look for the least peak down to budget_bytes, from the smallest state known. Runs to its end whatever the time limit
-    says where that has passed already: any plan is worth more than none in time."""
-    deadline = task.deadline if best.desired else math.inf
-    for number, hot in enumerate((Run.hot, REHEAT)):
-        run = Run(task.problem, budget_bytes, best.smallest, effort(compiled), 100 + 2 * number, hot=hot, weight=SQUEEZE_WEIGHT)
-        best = better([best, *run_all([replace(run, seed=run.seed + k) for k in range(SEEDS)], deadline, task.progress)])
+def squeeze(task: Task, compiled: Compiled, budget_bytes: int, best: Incumbent, pool: Pool) -> Incumbent:
+    """Look for the least peak down to budget_bytes, from the smallest state known.
+
+    Runs to its end whatever the time limit says, while nothing fits: any plan is worth more than none in time.
+    """
+    for number, hot in enumerate((HOT, WARM)):
+        run = Run(task.problem, budget_bytes, best.smallest, effort(compiled), 100 + SEEDS * number, hot, weight=SQUEEZE_WEIGHT)
+        best = better([best, *pool.run_all(_seeds(run), math.inf, task.progress)])
         if best.desired is not None:
             break
     return best
@@ -93,3 +78,30 @@ def better(incumbents: list[Incumbent]) -> Incumbent:
     smallest = min(incumbents, key=lambda i: i.smallest_bytes)
     stopped = any(i.stopped for i in incumbents)
     return Incumbent(cheapest.desired, cheapest.time_s, smallest.smallest, smallest.smallest_bytes, stopped)
+
+
+def _rounds(task: Task, compiled: Compiled, budget_bytes: int, pool: Pool, log: list[str]) -> Incumbent:
+    """First from everything kept and from the relaxation's advice; then twice from the best so far, each time cooler."""
+    begin, moves, unit_s = time.monotonic(), effort(compiled), task.problem.plain_time_s or 1.0
+    best = first_states(task, compiled, budget_bytes)
+    everything = ((1 << len(compiled.sizes)) - 1,) * len(compiled.stages)
+    advice = hint(compiled, budget_bytes, task.deadline)
+    run = Run(task.problem, budget_bytes, everything, moves, 0, HOT)
+    runs = [run, replace(run, desired=tuple(advice) if advice else everything, seed=1, hot=COOL)]
+    for number, hot in enumerate((HOT, WARM, COOL)):
+        if number:
+            run = Run(task.problem, budget_bytes, best.desired, moves, SEEDS * number, hot)
+            runs = _seeds(run)
+        best = better([best, *pool.run_all(runs, task.deadline, task.progress)])
+        if best.desired is None:
+            best = squeeze(task, compiled, budget_bytes, best, pool)
+            if best.desired is None:
+                log.append(f"search: nothing that fits; least peak met {best.smallest_bytes:,} bytes")
+                return best
+        took_s = time.monotonic() - begin
+        log.append(f"search: {len(runs)} x {moves} moves, extra time {100 * best.time_s / unit_s:.3f} %, {took_s:.1f} s")
+    return best
+
+
+def _seeds(run: Run) -> list[Run]:
+    return [replace(run, seed=run.seed + k) for k in range(SEEDS)]

@@ -8,7 +8,7 @@ recomputed for it runs just before it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..problem import Operator, Problem
 
@@ -115,8 +115,11 @@ def _bits(storages: tuple[int, ...], bit: dict[int, int]) -> int:
 def _pairs(problem: Problem, operator: Operator, bit: dict[int, int], dies) -> tuple[tuple[int, int], ...]:
     """In-place pairs in order, as far as any can be used; `dies` tells of inputs without a bit whether they die."""
     sizes = problem.storages
-    found = []
+    found, seen = [], set()
     for source, target in operator.inplace:
+        if source in seen:
+            continue  # the input's first pair is the one that is used
+        seen.add(source)
         if source in bit:
             found.append((bit[source], min(sizes[source].size_bytes, sizes[target].size_bytes)))
         elif dies(source):
@@ -128,11 +131,8 @@ def _pairs(problem: Problem, operator: Operator, bit: dict[int, int], dies) -> t
 def _recompute(problem: Problem, operator: Operator, bit: dict[int, int]) -> Recompute:
     again = [s for s in operator.outputs if s not in bit]
     extra_bytes = operator.workspace_bytes + sum(problem.storages[s].size_bytes for s in again)
-    pairs = tuple(
-        (bit[i], min(problem.storages[i].size_bytes, problem.storages[o].size_bytes))
-        for i, o in operator.inplace
-        if i in bit and o not in again
-    )
+    usable = replace(operator, inplace=tuple(pair for pair in operator.inplace if pair[1] not in again))
+    pairs = _pairs(problem, usable, bit, lambda s: False)
     return Recompute(operator.again_s, _bits(operator.inputs, bit), _bits(operator.outputs, bit), extra_bytes, pairs)
 
 
