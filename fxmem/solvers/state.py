@@ -14,6 +14,7 @@ from ..problem import Problem
 from ..schedule import Schedule
 from .stages import Compiled, members
 
+MOST_WALKS = 200  # walks remembered for each stage
 LOOKAHEAD = 60  # recomputes deep into which the cost of a storage with several makers is worked out
 
 
@@ -43,6 +44,7 @@ class State:
         self.desired = [bits | self.compiled.always for bits in desired]
         self.alive, self.touched, self.made, self.live = ([0] * count for _ in range(4))
         self.recomputes: list[tuple[int, ...]] = [()] * count
+        self._replays: list[tuple[int, dict]] = [(0, {})] * count
         self.seconds = [0.0] * count
         self.live_bytes, self.peak_bytes, self._excess = ([0] * count for _ in range(3))
         self.time_s, self.excess_bytes = 0.0, 0
@@ -94,7 +96,7 @@ class State:
             elif name == "alive":
                 _, t, self.alive[t] = entry
             elif name == "walk":
-                _, t, self.recomputes[t], self.seconds[t], self.touched[t], self.made[t] = entry
+                _, t, self.recomputes[t], self.seconds[t], self.touched[t], self.made[t], self._replays[t] = entry
             elif name == "desired":
                 _, t, self.desired[t] = entry
             elif name == "totals":
@@ -124,7 +126,7 @@ class State:
             log.append(("alive", t, old))
             alive[t] = found
             if (found ^ old) & touched[t]:
-                log.append(("walk", t, self.recomputes[t], self.seconds[t], touched[t], made[t]))
+                log.append(("walk", t, self.recomputes[t], self.seconds[t], touched[t], made[t], self._replays[t]))
                 before = self.recomputes[t]
                 self.time_s -= self.seconds[t]
                 self._enter(t)
@@ -141,17 +143,18 @@ class State:
                 break
         else:
             found = self._walk(self._needs[t], alive)
-            if len(memo) > 200:
+            if len(memo) > MOST_WALKS:
                 memo.clear()
             entries = memo.setdefault(self._needs[t] & alive, [])
             if len(entries) > 8:
                 del entries[0]
             entries.append((found[2], alive & found[2], found))
-        self.recomputes[t], self.seconds[t], self.touched[t], self.made[t] = found
+        self.recomputes[t], self.seconds[t], self.touched[t], self.made[t], self._replays[t] = found
 
-    def _walk(self, needs: int, have: int) -> tuple[tuple[int, ...], float, int, int]:
-        """Post-order over what is missing: operators, their seconds, all that was looked at, all that is made."""
-        touched, made, order, seconds = needs, 0, [], 0.0
+    def _walk(self, needs: int, have: int) -> tuple[tuple[int, ...], float, int, int, tuple[int, dict]]:
+        """Post-order over what is missing: operators, their seconds, all that was looked at, all that is made, and what the
+        stage's replay depends on with an empty memory for it."""
+        touched, made, order, seconds, relevant = needs, 0, [], 0.0, needs
         missing = needs & ~have
         table, recomputes = self._table, self.compiled.recomputes
         while missing:
@@ -167,11 +170,12 @@ class State:
                     continue
                 stack.pop()
                 order.append(index)
+                relevant |= inputs | outputs
                 seconds += recomputes[index].time_s
                 have |= outputs
                 made |= outputs
             missing = needs & ~have
-        return tuple(order), seconds, touched, made
+        return tuple(order), seconds, touched, made, (relevant, {})
 
     def _choose(self, bit: int, have: int) -> tuple[int, int]:
         """The cheapest maker of a storage, given what is there; and what was looked at to know."""
@@ -204,13 +208,17 @@ class State:
     def _settle(self, high: int, low: int, everywhere: bool = False) -> None:
         """Backward over the stages from the highest that recomputes otherwise, until what is live agrees again."""
         live, live_bytes, peaks, excesses, log = self.live, self.live_bytes, self.peak_bytes, self._excess, self._log
+        replays, budget_bytes = self._replays, self.budget_bytes
         for t in range(high, -1, -1):
             after, after_bytes = (live[t + 1], live_bytes[t + 1]) if t + 1 < len(live) else (0, 0)
-            now_live, now_bytes, peak = self._replay(t, after, after_bytes)
+            relevant, memo = replays[t]
+            concerned = after & relevant
+            found = memo.get(concerned)
+            if found is None:
+                found = memo[concerned] = self._replay(t, concerned)
+            now_live, now_bytes, peak = (after ^ concerned) | found[0], after_bytes + found[1], after_bytes + found[2]
             log.append(("back", t, live[t], live_bytes[t], peaks[t], excesses[t]))
-            excess = peak - self.budget_bytes
-            if excess < 0:
-                excess = 0
+            excess = peak - budget_bytes if peak > budget_bytes else 0
             self.excess_bytes += excess - excesses[t]
             agrees = live[t] == now_live
             live[t], live_bytes[t], peaks[t], excesses[t] = now_live, now_bytes, peak, excess
@@ -229,9 +237,10 @@ class State:
             size = self._sizes[bits] = self.compiled.bytes_of(bits)
         return size
 
-    def _replay(self, t: int, live: int, live_bytes: int) -> tuple[int, int, int]:
-        """Stage t in reverse, from what is live after it: what is live before it, its bytes, and the stage's peak."""
-        stage, size = self.compiled.stages[t], self._size
+    def _replay(self, t: int, live: int) -> tuple[int, int, int]:
+        """Stage t in reverse, from what is live after it, as far as the stage uses or makes it: what of that is live before it,
+        and the change of the live bytes and the stage's peak, both beyond the bytes live after it."""
+        stage, size, live_bytes = self.compiled.stages[t], self._size, 0
         peak = stage.during_bytes
         for bit, saved in stage.inplace:
             if not live & bit:

@@ -1,0 +1,78 @@
+"""The simulator on schedules small enough to count by hand."""
+
+from dataclasses import replace
+
+import pytest
+
+from fxmem.errors import ProblemError
+from fxmem.problem import Operator, Problem, Storage
+from fxmem.schedule import Schedule, plain_schedule, simulate
+from helpers.problems import chain
+
+
+def test_plain_chain_counts_what_lives():
+    timeline = simulate(chain(3), plain_schedule(chain(3)))
+    # x is fixed; y0 y1 y2 pile up; the backward adds a gradient and drops an activation at each step
+    assert timeline.during_bytes == (20, 30, 40, 50, 60, 50, 40)
+    assert timeline.after_bytes == (20, 30, 40, 50, 40, 30, 20)
+    assert (timeline.peak_bytes, timeline.peak_step, timeline.overhead) == (60, 4, 0.0)
+    assert timeline.frees == ((), (), (), (), (3, 7), (2, 6), (1, 5))
+
+
+def test_recompute_costs_time_and_frees_memory():
+    problem = chain(3)
+    timeline = simulate(problem, Schedule((0, 1, 2, 3, 0, 1, 4, 5, 6)))
+    # y0 lives until f1, y1 until f2, and both are made again before b2
+    assert timeline.during_bytes == (20, 30, 30, 30, 40, 50, 60, 50, 40)
+    assert timeline.time_s == 9.0
+    assert timeline.overhead == pytest.approx(2 / 7)
+
+
+def test_recompute_time_and_extra_bytes():
+    problem = chain(2)
+    again = replace(problem.operators[0], recompute_time_s=0.25)
+    problem = replace(problem, operators=(again, *problem.operators[1:]), extra_bytes=7)
+    timeline = simulate(problem, Schedule((0, 1, 2, 0, 3, 4)))
+    assert timeline.time_s == 5.25
+    assert timeline.after_bytes[-1] == 10 + 7 + 10
+
+
+@pytest.mark.parametrize(
+    ("pairs", "expected", "peak_bytes"),
+    [((), None, 21), (((0, 2),), None, 21), (((1, 2),), (1, 2), 17), (((0, 2), (1, 2)), (1, 2), 17)],
+)
+def test_inplace_takes_the_first_pair_whose_input_dies(pairs, expected, peak_bytes):
+    storages = (Storage("x", 10, "input"), Storage("y", 4), Storage("z", 7))
+    operators = (Operator("make", (0,), (1,)), Operator("use", (0, 1), (2,), inplace=pairs))
+    timeline = simulate(Problem(storages, operators, 2, 2, frozenset({2})), Schedule((0, 1)))
+    assert timeline.inplace[1] == expected
+    assert timeline.peak_bytes == peak_bytes
+
+
+def test_a_kept_output_made_again_counts_twice_for_a_moment():
+    problem = replace(chain(2), outputs=frozenset({1, 3}))
+    timeline = simulate(problem, Schedule((0, 1, 2, 0, 3, 4)))
+    assert timeline.during_bytes[3] == simulate(problem, plain_schedule(problem)).after_bytes[2] + 10
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        ((0, 1, 2, 3), "never runs"),
+        ((1, 0, 2, 3, 4), "before the forward reached it"),
+        ((0, 0, 1, 2, 3, 4), "before the forward is over"),
+        ((0, 1, 2, 3, 3, 4), "twice or out of order"),
+        ((0, 1, 2, 3, 4, 9), "but there are 5 operators"),
+    ],
+)
+def test_what_is_no_schedule_is_refused(steps, message):
+    with pytest.raises(ProblemError, match=message):
+        simulate(chain(2), Schedule(steps))
+
+
+def test_an_operator_that_must_run_once_is_not_repeated():
+    problem = chain(2)
+    once = replace(problem.operators[0], recomputable=False)
+    problem = replace(problem, operators=(once, *problem.operators[1:]))
+    with pytest.raises(ProblemError, match="'f0' again, which is not recomputable"):
+        simulate(problem, Schedule((0, 1, 2, 0, 3, 4)))

@@ -1,0 +1,115 @@
+"""Solvers against exhaustive search on small random joint graphs."""
+
+import math
+from random import Random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fxmem.errors import InfeasibleBudgetError
+from fxmem.schedule import plain_schedule, simulate
+from fxmem.solvers import solve
+from fxmem.solvers.annealing import Run, anneal
+from fxmem.solvers.base import Task
+from fxmem.solvers.bound import knapsack, lower_bound
+from fxmem.solvers.milp import milp
+from fxmem.solvers.moves import Moves
+from fxmem.solvers.stages import compile_problem
+from fxmem.solvers.state import State, desires, least_possible_bytes
+from helpers.brute import least_time_s
+from helpers.problems import random_problem
+
+seeds = st.integers(0, 10**6)
+
+
+def budgets(problem):
+    """Every budget at which anything can change, from just below the plain peak down to the first that nothing fits."""
+    for budget_bytes in range(simulate(problem, plain_schedule(problem)).peak_bytes - 1, 0, -1):
+        best_s = least_time_s(problem, budget_bytes, ordered=True)
+        yield budget_bytes, best_s
+        if math.isinf(best_s):
+            return
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(seeds)
+def test_the_exact_program_is_the_best_of_its_class_at_every_budget(seed):
+    problem = random_problem(Random(seed))
+    for budget_bytes, best_s in budgets(problem):
+        answer = milp(Task(problem, budget_bytes))
+        if math.isinf(best_s):
+            assert answer.schedule is None
+        else:
+            timeline = simulate(problem, answer.schedule)
+            assert answer.proven
+            assert timeline.peak_bytes <= budget_bytes
+            assert timeline.time_s - problem.plain_time_s == pytest.approx(best_s, abs=1e-6)
+
+
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(seeds)
+def test_auto_is_as_good_as_the_class(seed):
+    problem = random_problem(Random(seed))
+    for budget_bytes, best_s in budgets(problem):
+        if math.isinf(best_s):
+            break
+        solution = solve(problem, budget_bytes)
+        assert solution.timeline.peak_bytes <= budget_bytes
+        assert solution.timeline.time_s - problem.plain_time_s <= best_s + 1e-6
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(seeds)
+def test_bounds_hold_for_any_schedule(seed):
+    problem = random_problem(Random(seed))
+    compiled = compile_problem(problem)
+    for budget_bytes, _ in budgets(problem):
+        best_s = least_time_s(problem, budget_bytes, ordered=False)
+        assert knapsack(compiled, budget_bytes) <= best_s + 1e-6
+        assert lower_bound(compiled, budget_bytes, math.inf, []) <= best_s + 1e-6
+        assert math.isinf(best_s) or least_possible_bytes(problem, compiled) <= budget_bytes
+
+
+@settings(max_examples=10, deadline=None, derandomize=True)
+@given(seeds)
+def test_no_schedule_exists_where_one_is_refused_below_the_floor(seed):
+    problem = random_problem(Random(seed))
+    floor_bytes = least_possible_bytes(problem, compile_problem(problem))
+    assert math.isinf(least_time_s(problem, floor_bytes - 1, ordered=False))
+    with pytest.raises(InfeasibleBudgetError) as caught:
+        solve(problem, floor_bytes - 1)
+    assert caught.value.min_budget_bytes >= floor_bytes
+
+
+@settings(max_examples=120, deadline=None, derandomize=True)
+@given(seeds)
+def test_the_incremental_evaluation_is_the_simulator(seed):
+    rng = Random(seed)
+    problem = random_problem(rng, most_forward=9)
+    compiled = compile_problem(problem)
+    state = State(compiled, problem.fixed_bytes + 10)
+    fresh = State(compiled, state.budget_bytes)
+    moves = Moves(compiled, rng)
+    for _ in range(12):
+        state.change(moves.draw(state))
+        state.change(moves.draw(state))
+        state.keep() if rng.random() < 0.5 else state.undo()
+        timeline = simulate(problem, state.schedule())
+        assert state.worst_bytes == timeline.peak_bytes
+        assert state.time_s == pytest.approx(timeline.time_s - problem.plain_time_s)
+        fresh.reset(list(state.desired), state.budget_bytes)
+        assert (fresh.recomputes, fresh.live, fresh.peak_bytes) == (state.recomputes, state.live, state.peak_bytes)
+        assert fresh.excess_bytes == state.excess_bytes
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(seeds)
+def test_a_schedule_becomes_a_state_and_back(seed):
+    problem = random_problem(Random(seed), most_forward=9)
+    compiled = compile_problem(problem)
+    run = Run(problem, problem.fixed_bytes + 10, ((1 << len(compiled.sizes)) - 1,) * len(compiled.stages), 200, seed)
+    state = State(compiled, run.budget_bytes, list(anneal(run).smallest))
+    again = State(compiled, run.budget_bytes, desires(compiled, state.schedule()))
+    if not problem.variants:  # which of several makers is cheapest depends on what lies there unused
+        assert (again.worst_bytes, again.time_s) == (state.worst_bytes, pytest.approx(state.time_s))
