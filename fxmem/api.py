@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.fx.passes.infra.pass_manager import PassManager
 
 from .baseline import EagerTimeline, eager_timeline
 from .budget import Budget, parse_budget
@@ -150,7 +149,8 @@ def _prepare(module: nn.Module, args: tuple, kwargs: dict, cost: str | CostModel
         MarkRegions(),
         Costs(model),
     )
-    PassManager(passes=list(passes))(captured.joint)
+    for graph_pass in passes:
+        graph_pass(captured.joint)
     lowered = lower(captured.joint)
     baseline = eager_timeline(captured.torch_level, *captured.call, workspace=_workspace)
     return _Prepared(type(module).__name__, captured, lowered, baseline, model.name, time.perf_counter() - started)

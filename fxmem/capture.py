@@ -299,7 +299,9 @@ def _assign_roles(joint: fx.GraphModule, traced: fx.GraphModule, names: dict[int
         return named(kind, key) if kind in ("parameter", "buffer") else Role(kind, key)
 
     for node in joint.graph.nodes:
-        if node.op == "placeholder":
+        if node.op == "placeholder" and not node.users and "val" not in node.meta:
+            joint.graph.erase_node(node)  # an argument that is no tensor: its value is part of the graph
+        elif node.op == "placeholder":
             node.meta["fxmem_role"] = to_role(input_role(node.meta["desc"]), f"input {node.name!r} ({node.meta['desc']})")
         elif node.op == "get_attr":
             constants[node.name] = _lift_constant(joint, node)
@@ -347,7 +349,7 @@ def _lift_constant(joint: fx.GraphModule, node: fx.Node) -> torch.Tensor:
     first = next(iter(joint.graph.nodes))
     with joint.graph.inserting_before(first):
         placeholder = joint.graph.placeholder(node.name)
-    placeholder.meta.update(node.meta, fxmem_role=Role("buffer", node.name))
+    placeholder.meta.update(node.meta, val=value, fxmem_role=Role("buffer", node.name))
     node.replace_all_uses_with(placeholder)
     joint.graph.erase_node(node)
     return value

@@ -113,13 +113,13 @@ class _Emitter:
             for alias in self.aliases[storage]:
                 self.current.pop(alias, None)
         if index >= self.lowered.problem.num_program:
-            self._variant(node, arguments)
+            self._variant(step, index, node, arguments)
             return
         target, arguments, keywords = self._form(node, again, self.timeline.inplace[step], arguments, keywords)
         made = self._call(target, arguments, keywords, f"{node.name}_recomputed" if again else node.name)
         made.meta = node.meta | made.meta
         if again:
-            made.meta["fxmem_recomputes"] = node.name
+            made.meta |= {"fxmem_recomputes": node.name, "fxmem_avoided_bytes": self._used_bytes(step, index)}
         self.current[node] = made
         self._items(step, node)
 
@@ -137,13 +137,19 @@ class _Emitter:
             return target, arguments, keywords
         return node.target, arguments, keywords
 
-    def _variant(self, node: fx.Node, arguments: tuple) -> None:
+    def _used_bytes(self, step: int, index: int) -> int:
+        """Bytes that a recompute makes for a later use, and that were not kept until then."""
+        dead = self.timeline.frees[step]
+        return sum(self.infos[s].size_bytes for s in self.lowered.problem.operators[index].outputs if s not in dead)
+
+    def _variant(self, step: int, index: int, node: fx.Node, arguments: tuple) -> None:
         """A dropout from its kept mask."""
         result, mask = (next(u for u in node.users if u.args[1] == i) for i in (0, 1))
         made = self._call(
             dropout_apply, (arguments[0], self._resolve(mask), 1 / (1 - node.args[1])), {}, f"{result.name}_recomputed"
         )
-        made.meta = result.meta | made.meta | {"fxmem_recomputes": result.name}
+        made.meta = result.meta | made.meta
+        made.meta |= {"fxmem_recomputes": result.name, "fxmem_avoided_bytes": self._used_bytes(step, index)}
         self.current[result] = made
 
     def _items(self, step: int, node: fx.Node) -> None:

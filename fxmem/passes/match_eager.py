@@ -13,9 +13,18 @@ aten = torch.ops.aten
 
 class MatchEager(Pass):
     """On the CPU the plain module's dropout multiplies by noise forward and backward alike, whereas the traced
-    `native_dropout_backward` rounds differently in half precision (and copies the mask into the gradient's type)."""
+    `native_dropout_backward` rounds differently in half precision (and copies the mask into the gradient's type).
+
+    Batch norm's backward in training is handed the new running statistics, which it never reads: it is not handed them.
+    """
 
     def apply(self, graph_module: fx.GraphModule) -> bool:
+        norms = [n for n in graph_module.graph.nodes if n.target is aten.native_batch_norm_backward.default and n.args[7] is True]
+        for node in norms:
+            node.args = (*node.args[:3], None, None, *node.args[5:])
+        return self._same_dropout(graph_module) or bool(norms)
+
+    def _same_dropout(self, graph_module: fx.GraphModule) -> bool:
         found = [
             n
             for n in graph_module.graph.nodes

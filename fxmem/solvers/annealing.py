@@ -71,7 +71,8 @@ def anneal(run: Run, deadline: float = math.inf, progress: Callable[[str], None]
 def _walk(state: State, run: Run, moves: Moves, best: Incumbent, deadline: float, progress) -> bool:
     """The walk itself; False where the deadline cut it short."""
     rng, unit_s = moves.rng, state.compiled.problem.plain_time_s or 1.0
-    weight, temperature = run.weight, run.hot
+    weight = max(run.weight, 2 / len(state.compiled.stages))  # on a small graph one operator is much of the time
+    temperature = run.hot
     adapt_every = min(1024, max(64, run.moves // 100 // 64 * 64))
     cooling = (run.cold / run.hot) ** (CHECK_EVERY / max(run.moves, CHECK_EVERY))
     for count in range(1, run.moves + 1):

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 
+from ..errors import InfeasibleBudgetError
 from ..problem import Problem
 from ..schedule import Schedule, plain_schedule, simulate
 from .base import Answer, Progress, Solution, Task, describe, find_solver, infeasible, judge, plain_fits
+from .bound import Relaxation
 from .minimum import smallest_schedule
-from .stages import compile_problem
+from .stages import Compiled, compile_problem
 from .state import least_possible_bytes
 
-BISECTIONS = 5
+PROBES = 5
 
 
 def solve(
@@ -66,11 +69,12 @@ def least_peak(
     """
     begin = time.monotonic()
     task = Task(problem, 0, tuple(starts), begin + time_limit_s, progress)
+    if max_overhead is not None:
+        best = _least_within(task, max_overhead)
+        return replace(best, solve_time_s=time.monotonic() - begin)
     smallest = smallest_schedule(replace(task, deadline=begin + time_limit_s / 2))
     low_bytes = simulate(problem, smallest).peak_bytes
     best = solve(problem, low_bytes, time_limit_s=_left_s(task), starts=(smallest, *starts), progress=progress)
-    if max_overhead is not None and best.timeline.overhead > max_overhead:
-        best = _bisect(task, max_overhead, low_bytes, best)
     return replace(best, solve_time_s=time.monotonic() - begin)
 
 
@@ -112,22 +116,42 @@ def _monotone(solutions: list[Solution]) -> tuple[Solution, ...]:
     return tuple(reversed(kept))
 
 
-def _bisect(task: Task, max_overhead: float, low_bytes: int, smallest: Solution) -> Solution:
-    """Bisect the budget for the least peak at max_overhead, each schedule a start for the next."""
-    best = solve(task.problem, simulate(task.problem, plain_schedule(task.problem)).peak_bytes, time_limit_s=_left_s(task))
-    starts = [*task.starts, smallest.schedule]
-    for k in range(BISECTIONS):
-        high_bytes = best.timeline.peak_bytes
-        middle = (low_bytes + high_bytes) // 2
-        found = solve(
-            task.problem, middle, time_limit_s=_left_s(task) / (BISECTIONS - k), starts=starts, progress=task.progress
-        )
+def _least_within(task: Task, max_overhead: float) -> Solution:
+    """Bisect the budget between what the lower bound rules out and the plain peak, each schedule a start for the next."""
+    problem, compiled = task.problem, compile_problem(task.problem)
+    plain_bytes = simulate(problem, plain_schedule(problem)).peak_bytes
+    best = solve(problem, plain_bytes)
+    low_bytes = high_bytes = _ruled_out(compiled, max_overhead, plain_bytes)
+    starts = list(task.starts)
+    for k in range(PROBES):
+        probe = low_bytes + (plain_bytes - low_bytes) // 16 if k == 0 else (low_bytes + high_bytes) // 2
+        try:
+            found = solve(problem, probe, time_limit_s=_left_s(task) / (PROBES - k), starts=starts, progress=task.progress)
+        except InfeasibleBudgetError as error:
+            low_bytes = max(low_bytes, min(error.min_budget_bytes - 1, best.timeline.peak_bytes - 1))
+            high_bytes = best.timeline.peak_bytes
+            continue
         starts.append(found.schedule)
         if found.timeline.overhead <= max_overhead:
-            best = found
+            best = min(best, found, key=lambda s: s.timeline.peak_bytes)
         else:
-            low_bytes = middle
+            low_bytes = probe
+        high_bytes = best.timeline.peak_bytes
     return best
+
+
+def _ruled_out(compiled: Compiled, max_overhead: float, high_bytes: int) -> int:
+    """A budget that no schedule of that extra time can meet, nearly the largest that the one-window bound tells."""
+    most_s = max_overhead * compiled.problem.plain_time_s * (1 + 1e-5)
+    low_bytes = least_possible_bytes(compiled.problem, compiled) - 1
+    while high_bytes - low_bytes > 1 + high_bytes // 256:
+        middle = (low_bytes + high_bytes) // 2
+        outcome = Relaxation(compiled, middle, 1).solve(math.inf)
+        if outcome.bound > most_s:
+            low_bytes = middle
+        else:
+            high_bytes = middle
+    return low_bytes
 
 
 def _left_s(task: Task) -> float:
