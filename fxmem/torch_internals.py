@@ -4,6 +4,7 @@ joint_graph         AOTAutograd's joint graph with descriptors        torch._fun
 dynamo_graph        one torch-level graph of any nn.Module            torch._dynamo.functional_export
 what the joint graph's placeholders and outputs mean                  torch._functorch._aot_autograd.descriptors
 pytree                                                                torch.utils._pytree
+OpOverload          what an operator of the dispatcher is             torch._ops
 fake tensors                                                          torch._subclasses.fake_tensor
 cpu_memory_events   the CPU allocator's events, by the profiler       kineto_results of torch.autograd.profiler
 TorchDispatchMode, and real tensors inside such modes (real_tensors)   torch.utils._python_dispatch
@@ -23,12 +24,13 @@ from torch import fx, nn
 from torch._dynamo import config as dynamo_config
 from torch._functorch._aot_autograd import descriptors
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 __all__ = [
-    "FakeTensor", "FakeTensorMode", "TorchDispatchMode", "cpu_memory_events", "dynamo_graph", "fake_mode_of", "input_role", "joint_graph",
-    "output_role", "pytree", "real_tensors", "restore_rng",
+    "FakeTensor", "FakeTensorMode", "OpOverload", "TorchDispatchMode", "cpu_memory_events", "dynamo_graph", "fake_mode_of", "input_role",
+    "joint_graph", "output_role", "pytree", "real_tensors", "restore_rng",
 ]  # fmt: skip
 
 

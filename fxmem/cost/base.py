@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from ..errors import CostError
-from ..torch_internals import pytree
+from ..torch_internals import OpOverload, pytree
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class OpCall:
     @property
     def is_alias(self) -> bool:
         """True for what moves no data: views, and picking one of several results."""
-        if isinstance(self.target, torch._ops.OpOverload):
+        if isinstance(self.target, OpOverload):
             if self.target.is_view or self.packet is torch.ops.aten._unsafe_view:
                 return True
             return not self.target._schema.is_mutable and bool(self.outputs) and self.new_output_bytes == 0 and not self._empty

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..torch_internals import cpu_memory_events, pytree, real_tensors
+from ..torch_internals import OpOverload, cpu_memory_events, pytree, real_tensors
 from .base import OpCall, OpCost, call_of, storage_key
 from .devices import row_for
 from .operands import real_operands
@@ -57,7 +57,7 @@ class MeasuredCost:
 
     def _measure(self, call: OpCall) -> OpCost | None:
         """Run `call` alone; None, with a word in the log, where that cannot be done."""
-        if not isinstance(call.target, torch._ops.OpOverload):
+        if not isinstance(call.target, OpOverload):
             log.info("%s is no dispatcher operator; its cost comes from the roofline", call.target)
             return None
         devices = [t.device for t in (*call.inputs, *call.outputs) if t.device.type == "cuda"]
