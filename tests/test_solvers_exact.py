@@ -4,6 +4,8 @@ import math
 from random import Random
 
 import pytest
+from helpers.brute import least_time_s
+from helpers.problems import random_problem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,8 +19,6 @@ from fxmem.solvers.milp import milp
 from fxmem.solvers.moves import Moves
 from fxmem.solvers.stages import compile_problem
 from fxmem.solvers.state import State, desires, least_possible_bytes
-from helpers.brute import least_time_s
-from helpers.problems import random_problem
 
 seeds = st.integers(0, 10**6)
 

@@ -32,7 +32,7 @@ def auto(task: Task) -> Answer:
     found = judge(task, [answer.schedule, *task.starts])
     overhead = found[1].overhead if found else math.inf
     proven = False
-    if overhead - bound > CLOSE and binaries(task.problem, compiled) <= MOST_BINARIES:
+    if overhead - bound > CLOSE and not answer.stopped and binaries(task.problem, compiled) <= MOST_BINARIES:
         starts = (*task.starts, *([answer.schedule] if answer.schedule else []))
         exact = milp(replace(task, starts=starts))
         log += exact.log

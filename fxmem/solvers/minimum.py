@@ -6,6 +6,7 @@ bytes weighed above all finds what can be reached.
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 
 from ..schedule import Schedule, simulate
@@ -14,6 +15,8 @@ from .pool import Pool
 from .search import first_states, squeeze
 from .stages import compile_problem
 from .state import State, least_possible_bytes
+
+LEAST_EFFORT_S = 10.0  # spent on it where the time limit has passed already: an error that names a peak should name a good one
 
 
 def smallest_schedule(task: Task) -> Schedule:
@@ -24,6 +27,7 @@ def smallest_schedule(task: Task) -> Schedule:
     best = first_states(task, compiled, floor_bytes)
     if best.desired is None:
         with Pool(len(compiled.stages)) as pool:
-            best = squeeze(task, compiled, floor_bytes, best, pool)
+            deadline = max(task.deadline, time.monotonic() + LEAST_EFFORT_S)
+            best = squeeze(task, compiled, floor_bytes, best, pool, deadline)
     schedules = [State(compiled, floor_bytes, list(best.smallest)).schedule(), *task.starts]
     return min(schedules, key=lambda schedule: simulate(task.problem, schedule).peak_bytes)

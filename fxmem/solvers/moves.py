@@ -26,7 +26,16 @@ class Moves:
         self._outputs = [members(outputs) for outputs in _forward_outputs(compiled)]
         self.twins = _twins(compiled)
         self.neighbours = _neighbours(compiled)
-        self.kinds = (self.evict, self.evict, self.keep_recomputed, self.keep_recomputed, self.segment, self.swap, self.copy, self.range)
+        self.kinds = (
+            self.evict,
+            self.evict,
+            self.keep_recomputed,
+            self.keep_recomputed,
+            self.segment,
+            self.swap,
+            self.copy,
+            self.range,
+        )
 
     def draw(self, state: State) -> dict[int, int]:
         """One random move."""

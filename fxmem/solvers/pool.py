@@ -48,7 +48,12 @@ class Pool:
         if not away:
             return here
         interrupted = any(i.stopped for i in here) and time.monotonic() < deadline
-        thread.join(1.0 if interrupted else None)
+        try:
+            thread.join(1.0 if interrupted else None)
+        except KeyboardInterrupt:
+            interrupted = True
+            for incumbent in here:
+                incumbent.stopped = True
         if len(returned) != len(away):
             self._stop()
             returned = [] if interrupted else [anneal(run, deadline, progress) for run in away]

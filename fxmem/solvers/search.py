@@ -59,15 +59,17 @@ def first_states(task: Task, compiled: Compiled, budget_bytes: int) -> Incumbent
     return best
 
 
-def squeeze(task: Task, compiled: Compiled, budget_bytes: int, best: Incumbent, pool: Pool) -> Incumbent:
-    """Look for the least peak down to budget_bytes, from the smallest state known.
+def squeeze(
+    task: Task, compiled: Compiled, budget_bytes: int, best: Incumbent, pool: Pool, deadline: float = math.inf
+) -> Incumbent:
+    """Look for the least peak down to budget_bytes, from the smallest state known, in at most two rounds.
 
-    Runs to its end whatever the time limit says, while nothing fits: any plan is worth more than none in time.
+    By default the task's time limit does not hold here: any plan is worth more than none in time.
     """
     for number, hot in enumerate((HOT, WARM)):
         run = Run(task.problem, budget_bytes, best.smallest, effort(compiled), 100 + SEEDS * number, hot, weight=SQUEEZE_WEIGHT)
-        best = better([best, *pool.run_all(_seeds(run), math.inf, task.progress)])
-        if best.desired is not None:
+        best = better([best, *pool.run_all(_seeds(run), deadline, task.progress)])
+        if best.desired is not None or best.stopped:
             break
     return best
 
@@ -100,6 +102,8 @@ def _rounds(task: Task, compiled: Compiled, budget_bytes: int, pool: Pool, log: 
                 return best
         took_s = time.monotonic() - begin
         log.append(f"search: {len(runs)} x {moves} moves, extra time {100 * best.time_s / unit_s:.3f} %, {took_s:.1f} s")
+        if best.stopped:
+            break
     return best
 
 

@@ -101,7 +101,17 @@ def compile_problem(problem: Problem, *, merged: bool = True) -> Compiled:
     forward_bytes = _forward_bytes(problem, storages, last_use)
     pairs = tuple(_pairs(problem, problem.operators[i], bit, lambda s: False) for i in problem.forward)
     return Compiled(
-        problem, storages, sizes, always, _stages(problem, bit, merged), recomputes, makers, late, forward_bytes, last_use, pairs
+        problem,
+        storages,
+        sizes,
+        always,
+        _stages(problem, bit, merged),
+        recomputes,
+        makers,
+        late,
+        forward_bytes,
+        last_use,
+        pairs,
     )
 
 

@@ -49,9 +49,7 @@ class State:
         self.live_bytes, self.peak_bytes, self._excess = ([0] * count for _ in range(3))
         self.time_s, self.excess_bytes = 0.0, 0
         self._change = [0] * (len(self.compiled.forward_bytes) + 1)
-        self._base = [
-            b - self._saved_bytes(i, 0) for i, b in enumerate(self.compiled.forward_bytes)
-        ]
+        self._base = [b - self._saved_bytes(i, 0) for i, b in enumerate(self.compiled.forward_bytes)]
         self._carried = 0
         self.forward_peak_bytes = max(self._base, default=0)
         self._forward_excess = 0

@@ -1,0 +1,199 @@
+"""What the solvers promise: budgets hold, results are deterministic, monotone and explained."""
+
+import math
+from dataclasses import replace
+
+import pytest
+from helpers.instances import load_instance
+from helpers.problems import chain
+
+from fxmem.errors import FxmemError, InfeasibleBudgetError
+from fxmem.problem import Operator, Problem, Storage
+from fxmem.schedule import plain_schedule, simulate
+from fxmem.solvers import SOLVERS, annealing, auto, bound, frontier, highs, least_peak, milp, register_solver, solve
+from fxmem.solvers.annealing import Run, anneal
+from fxmem.solvers.base import Answer
+from fxmem.solvers.pool import Pool
+from fxmem.solvers.stages import compile_problem
+
+
+def peak(problem, fraction):
+    plain = simulate(problem, plain_schedule(problem)).peak_bytes
+    return problem.fixed_bytes + int(fraction * (plain - problem.fixed_bytes))
+
+
+@pytest.mark.parametrize(("budget_bytes", "extra_s"), [(80, 0.0), (70, 1.0), (60, 2.0), (50, 6.0)])
+def test_known_optima_on_a_chain(budget_bytes, extra_s):
+    problem = chain(5)
+    solution = solve(problem, budget_bytes)
+    assert solution.timeline.peak_bytes <= budget_bytes
+    assert solution.timeline.time_s - problem.plain_time_s == pytest.approx(extra_s)
+    assert solution.status == "optimal"
+
+
+def test_plain_schedule_where_it_fits():
+    problem = chain(4)
+    solution = solve(problem, 70)
+    assert solution.schedule == plain_schedule(problem)
+    assert (solution.status, solution.lower_bound_overhead) == ("optimal", 0.0)
+
+
+def test_an_infeasible_budget_says_what_would_do_and_what_takes_the_room():
+    problem = chain(4)
+    with pytest.raises(InfeasibleBudgetError) as caught:
+        solve(problem, 30)
+    assert caught.value.budget_bytes == 30
+    assert caught.value.min_budget_bytes == least_peak(problem).timeline.peak_bytes == 50
+    assert "y" in str(caught.value) and "'b" in str(caught.value) and "50 bytes" in str(caught.value)
+
+
+def test_an_unknown_solver_is_told_the_valid_ones():
+    with pytest.raises(FxmemError, match="'gurobi'; the solvers are: auto, milp, search"):
+        solve(chain(3), 50, solver="gurobi")
+
+
+def test_a_registered_solver_is_used():
+    register_solver("plain")(lambda task: Answer(plain_schedule(task.problem)))
+    try:
+        with pytest.raises(InfeasibleBudgetError):
+            solve(chain(3), 20, solver="plain")
+        assert solve(chain(3), 60, solver="plain").solver == "plain"
+    finally:
+        del SOLVERS["plain"]
+
+
+@pytest.mark.parametrize(("fraction", "most_percent", "least_percent"), [(0.7, 3.2, 2.4), (0.5, 6.6, 5.0), (0.4, 10.5, 7.2)])
+def test_unet_stays_near_the_best_known(fraction, most_percent, least_percent):
+    problem = load_instance("unet_8")
+    solution = solve(problem, peak(problem, fraction))
+    assert solution.timeline.peak_bytes <= peak(problem, fraction)
+    assert least_percent <= 100 * solution.lower_bound_overhead <= 100 * solution.timeline.overhead <= most_percent
+    assert "of the bound" in solution.status
+
+
+def test_the_same_input_gives_the_same_schedule():
+    problem = load_instance("vgg16_32")
+    first, second = (solve(problem, peak(problem, 0.65)) for _ in range(2))
+    assert first.schedule == second.schedule
+
+
+def test_a_run_finds_the_same_in_the_second_process(monkeypatch):
+    problem = load_instance("vgg16_32")
+    compiled = compile_problem(problem)
+    everything = ((1 << len(compiled.sizes)) - 1,) * len(compiled.stages)
+    runs = [Run(problem, peak(problem, 0.65), everything, 600, seed) for seed in range(3)]
+    alone = [anneal(run) for run in runs]
+    monkeypatch.setattr("fxmem.solvers.pool.WORTHWHILE_S", 0.0)
+    monkeypatch.setattr("fxmem.solvers.pool._cores", lambda: 2)
+    with Pool(len(compiled.stages)) as pool:
+        together = pool.run_all(runs, math.inf)
+        assert pool.process is not None
+    assert together == alone
+
+
+def test_runs_are_made_here_when_the_second_process_dies(monkeypatch):
+    problem = chain(5)
+    runs = [Run(problem, 70, (31,) * 6, 200, seed) for seed in range(2)]
+    monkeypatch.setattr("fxmem.solvers.pool.WORTHWHILE_S", 0.0)
+    monkeypatch.setattr("fxmem.solvers.pool._cores", lambda: 2)
+    monkeypatch.setattr("sys.executable", "/bin/false")
+    with Pool(6) as pool:
+        assert pool.run_all(runs, math.inf) == [anneal(run) for run in runs]
+
+
+def test_least_peak_reaches_the_floor_of_vgg():
+    problem = load_instance("vgg16_32")
+    solution = least_peak(problem)
+    assert solution.timeline.peak_bytes == 2359246404
+    assert solution.timeline.overhead < 0.045
+
+
+def test_least_peak_within_a_given_extra_time():
+    problem = load_instance("vgg16_32")
+    solution = least_peak(problem, max_overhead=0.01)
+    assert solution.timeline.overhead <= 0.01
+    assert solution.timeline.peak_bytes <= peak(problem, 0.75)
+
+
+def test_the_frontier_is_monotone_from_plain_to_least():
+    problem = chain(7)
+    curve = frontier(problem, 5)
+    peaks = [s.timeline.peak_bytes for s in curve]
+    overheads = [s.timeline.overhead for s in curve]
+    assert peaks == sorted(peaks, reverse=True)
+    assert overheads == sorted(overheads)
+    assert overheads[0] == 0.0
+    assert peaks[-1] == least_peak(problem).timeline.peak_bytes
+
+
+@pytest.mark.parametrize("time_limit_s", [0.0, 0.3])
+def test_a_short_time_limit_still_gives_a_schedule(time_limit_s):
+    problem = load_instance("unet_8")
+    solution = solve(problem, peak(problem, 0.5), time_limit_s=time_limit_s)
+    assert solution.timeline.peak_bytes <= peak(problem, 0.5)
+    assert "stopped by the time limit" in solution.status
+
+
+def test_an_interrupt_gives_the_best_so_far(monkeypatch):
+    problem = chain(6)
+    calls = iter(range(10**6))
+
+    class Interrupting(annealing.Moves):
+        def draw(self, state):
+            if next(calls) == 500:
+                raise KeyboardInterrupt
+            return super().draw(state)
+
+    monkeypatch.setattr(annealing, "Moves", Interrupting)
+    best = anneal(Run(problem, 90, (63,) * 7, 10_000, 0))
+    assert best.stopped and best.desired is not None
+
+
+@pytest.mark.parametrize("broken", ["bound", "milp"])
+def test_a_failing_solver_leaves_the_search(monkeypatch, broken):
+    def fail(*_, **__):
+        raise RuntimeError("no licence")
+
+    if broken == "bound":
+        monkeypatch.setattr(highs, "_run", fail)
+    else:
+        monkeypatch.setattr("cvxpy.Problem.solve", fail)
+        monkeypatch.setattr(auto, "lower_bound", lambda *_: 0.0)
+    solution = solve(chain(5), 70)
+    assert solution.timeline.peak_bytes <= 70
+    assert any("no licence" in line for line in solution.log)
+
+
+def test_a_variant_is_taken_where_it_is_cheaper():
+    """Dropout: y and its mask from x. The mask is kept, so y comes back from x and mask without drawing anew."""
+    storages = (Storage("x", 4, "input"), Storage("y", 100), Storage("mask", 1), Storage("z", 100), Storage("g", 1, "gradient"))
+    operators = (
+        Operator("dropout", (0,), (1, 2), 5.0, recomputable=False),
+        Operator("square", (1,), (3,), 1.0),
+        Operator("square_backward", (3,), (4,), 1.0),
+        Operator("dropout_backward", (4, 1, 2), (5,), 1.0),
+        Operator("apply_mask", (0, 2), (1,), 2.0),
+    )
+    problem = Problem((*storages, Storage("gx", 4, "gradient")), operators, 2, 4, frozenset({5}))
+    solution = solve(problem, 206)
+    assert solution.schedule.steps == (0, 1, 2, 4, 3) or solution.timeline.overhead == 0.0
+    tight = replace(problem, operators=(*operators[:2], replace(operators[2], workspace_bytes=90), *operators[3:]))
+    solution = solve(tight, 206)
+    assert solution.schedule.steps == (0, 1, 2, 4, 3)
+    assert solution.timeline.overhead == pytest.approx(2 / 8)
+
+
+def test_every_window_count_bounds_from_below():
+    problem = load_instance("vgg16_32")
+    compiled = compile_problem(problem)
+    budget_bytes = peak(problem, 0.65)
+    found = solve(problem, budget_bytes).timeline.time_s - problem.plain_time_s
+    for windows in (1, 2, 5, 20):
+        outcome = bound.Relaxation(compiled, budget_bytes, windows).solve(math.inf)
+        assert outcome.status == "optimal"
+        assert 0 < outcome.bound <= found
+
+
+def test_the_exact_program_tells_its_size():
+    problem = chain(4)
+    assert milp.binaries(problem, compile_problem(problem)) == 5 * (4 + 4)
