@@ -70,11 +70,10 @@ def eager_timeline(
 
 
 def _run(module: nn.Module, state: dict, inputs: tuple, given: list | None, ledger: _Ledger) -> EagerTimeline:
-    """Forward and backward under the ledger's eyes; the outputs live to the end."""
+    """Forward and backward under the ledger's eyes; the outputs that the backward starts from live to the end."""
     with ledger:
-        outputs = torch.func.functional_call(module, state, *inputs)
+        roots = backward_roots(torch.func.functional_call(module, state, *inputs))
         ledger.begin_backward()
-        roots = backward_roots(outputs)
         if not roots:
             raise MeasureError(f"no output of {type(module).__name__} requires grad, so its training step has no backward")
         gradients = ledger.given_ones(roots) if given is None else given

@@ -42,7 +42,8 @@ log = logging.getLogger(__name__)
 class Role:
     """What a placeholder or output of the joint graph is to the user.
 
-    kind: "parameter", "buffer", "input", "tangent" (placeholders); "output", "buffer_update", "gradient" (outputs).
+    kind: "parameter", "buffer", "input", "tangent" (placeholders); "output", "output_only" (an output that gets no gradient),
+        "buffer_update", "gradient" (outputs).
     key: the parameter's or buffer's name, or the index of the input or output leaf; of a gradient, the Role it is for.
     """
 
@@ -92,7 +93,7 @@ def capture(module: nn.Module, args: tuple, kwargs: Mapping[str, Any], output_gr
         values = _output_values(graph_module, args, kwargs)
         differentiated, attached = _detach_outputs(graph_module, values, output_gradients)
         joint, out_spec = _aot(graph_module, args, kwargs)
-    constants, fixed_outputs = _assign_roles(joint, graph_module, names)
+    constants, fixed_outputs = _assign_roles(joint, graph_module, names, differentiated)
     return Capture(joint, in_spec, out_spec, differentiated, attached, constants, fixed_outputs, graph_module, (args, kwargs))
 
 
@@ -281,7 +282,7 @@ def _refusing(module: nn.Module) -> Iterator[None]:
         raise CaptureError(_refusal(module, error)) from error
 
 
-def _assign_roles(joint: fx.GraphModule, traced: fx.GraphModule, names: dict[int, str]) -> tuple[dict, dict]:
+def _assign_roles(joint: fx.GraphModule, traced: fx.GraphModule, names: dict[int, str], differentiated: tuple[int, ...]) -> tuple[dict, dict]:
     """Mark placeholders and outputs with their Role; returns the capture's constants and fixed outputs."""
     constants: dict[str, torch.Tensor] = {}
     tensors = dict((*traced.named_parameters(), *traced.named_buffers()))
@@ -317,8 +318,9 @@ def _assign_roles(joint: fx.GraphModule, traced: fx.GraphModule, names: dict[int
             role = Role("gradient", to_role(key, "an input with a gradient"))
         else:
             role = to_role((kind, key) if kind else None, f"output {desc}")
+            role = role if role.key in differentiated else Role("output_only", role.key)
         if not isinstance(value, fx.Node):
-            fixed |= {role.key: value} if role.kind == "output" else {}
+            fixed |= {role.key: value} if role.kind.startswith("output") else {}
         else:
             roles.append(role)
             values.append(value)

@@ -51,14 +51,17 @@ def lower(graph_module: fx.GraphModule) -> Lowered:
     nodes.sort(key=is_backward)  # stable: what the backward computes without tangents may stand anywhere
     written = {n.meta["fxmem_writes"] for n in nodes if "fxmem_writes" in n.meta}
     operators = [_operator(node, infos, written) for node in nodes]
-    variants = [(n, _dropout_variant(n, o)) for n, o in zip(nodes, operators, strict=True) if _has_dropout_variant(n)]
+    forward_end = sum(not is_backward(n) for n in nodes)
+    operators.insert(forward_end, _return_operator(graph_module, infos))
+    nodes.insert(forward_end, graph_module.graph.output_node())
+    variants = [(n, _dropout_variant(n, o)) for n, o in zip(nodes, operators, strict=True) if "fxmem_variant_cost" in n.meta]
     problem = Problem(
         storages=tuple(_storage(info) for info in infos),
         operators=(*operators, *(variant for _, variant in variants)),
-        num_forward=sum(not is_backward(n) for n in nodes),
+        num_forward=forward_end + 1,
         num_program=len(nodes),
         outputs=_outputs(graph_module, infos),
-        extra_bytes=sum(rng_state_bytes(n) for n in nodes if draws_random_numbers(n) and not is_backward(n)),
+        extra_bytes=sum(rng_state_bytes(n) for n in nodes if n.op == "call_function" and draws_random_numbers(n)),
     )
     return Lowered(problem, (*nodes, *(n for n, _ in variants)))
 
@@ -100,9 +103,22 @@ def _storage(info: StorageInfo) -> Storage:
 
 
 def _outputs(graph_module: fx.GraphModule, infos: tuple[StorageInfo, ...]) -> frozenset[int]:
-    """Storages that outlive the step and are not there from the start."""
-    returned = graph_module.graph.output_node().all_input_nodes
-    return frozenset(s for n in returned for s in n.meta["fxmem_storages"] if not infos[s].is_input)
+    """Storages that outlive the step and are not there from the start: gradients, and outputs that the backward starts from."""
+    return frozenset(s for s in _returned(graph_module, ("gradient", "output"), infos) if not infos[s].is_input)
+
+
+def _return_operator(graph_module: fx.GraphModule, infos: tuple[StorageInfo, ...]) -> Operator:
+    """The end of the forward: every output is there. Those that get no gradient may die here, since a training step drops them."""
+    inputs = _returned(graph_module, ("output", "output_only"), infos)
+    return Operator("return", tuple(dict.fromkeys(inputs)), (), recomputable=False)
+
+
+def _returned(graph_module: fx.GraphModule, kinds: tuple[str, ...], infos: tuple[StorageInfo, ...]) -> list[int]:
+    """Storages of the graph's results whose roles are of the given kinds, where no roles are known of all."""
+    output = graph_module.graph.output_node()
+    roles = output.meta.get("fxmem_roles")
+    nodes = output.all_input_nodes if roles is None else [v for v, r in zip(output.args[0], roles, strict=True) if r.kind in kinds]
+    return [s for n in nodes for s in n.meta["fxmem_storages"]]
 
 
 def _operator(node: fx.Node, infos: tuple[StorageInfo, ...], written: set[fx.Node]) -> Operator:
@@ -156,18 +172,16 @@ def _same_layout(operand: torch.Tensor, result: torch.Tensor) -> bool:
     return same and operand.untyped_storage().nbytes() == result.untyped_storage().nbytes()
 
 
-def _has_dropout_variant(node: fx.Node) -> bool:
-    return node.target is aten.native_dropout.default and node.args[2] is not False and 0 < node.args[1] < 1 and not is_backward(node)
-
-
 def _dropout_variant(node: fx.Node, dropout: Operator) -> Operator:
     """A dropout whose mask was kept runs again as two multiplications, without drawing."""
+    cost = node.meta["fxmem_variant_cost"]
     result, mask = dropout.outputs
     source = node.args[0].meta["fxmem_storages"][0]
     return Operator(
         name=f"{dropout.name}_from_mask",
         inputs=(source, mask),
         outputs=(result,),
-        time_s=min(dropout.time_s, 2 * dropout.time_s / 3),
+        time_s=cost.time_s,
+        workspace_bytes=cost.workspace_bytes,
         module=dropout.module,
     )

@@ -156,13 +156,13 @@ class _Step:
             tensor.grad = None
 
     def _forward_backward(self) -> Any:
-        """Outputs live to the end of the step, as those of a training loop that logs its loss do."""
-        outputs = self.module(*self.args, **self.kwargs)
-        roots = self._roots(outputs)
+        """Returns the outputs that the backward starts from, which live to the end of the step; the others are dropped first, as in
+        `loss = model(batch).loss; loss.backward()`."""
+        roots = self._roots(self.module(*self.args, **self.kwargs))
         if len(roots) != len(self.gradients):
             raise MeasureError(f"{len(self.gradients)} output gradients were given for {len(roots)} outputs that require grad")
         torch.autograd.backward(roots, self.gradients)
-        return outputs
+        return roots
 
     def run(self) -> None:
         """One step, from no gradients to no gradients."""

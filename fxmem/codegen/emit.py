@@ -48,8 +48,10 @@ class _Emitter:
         awaited = self._awaited(output)
         regions = self._regions()
         for step, index in enumerate(self.schedule.steps):
-            self._enter(regions[step])
             node = self.lowered.nodes[index]
+            if node is output:
+                continue  # the end of the forward
+            self._enter(regions[step])
             self._run_step(step, index, node)
             self._hand_over(awaited.pop(node, ()))
         values = tuple(self.results[v] if isinstance(v, fx.Node) else v for v in output.args[0])

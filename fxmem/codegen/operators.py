@@ -1,4 +1,4 @@
-"""The few operators that rewritten graphs call beside aten's own: plain functions, so that printed code can be read and run."""
+"""The few operators that rewritten graphs call beside aten's own, so that printed code can be read and run."""
 
 from __future__ import annotations
 
@@ -9,10 +9,17 @@ import torch
 __all__ = ["dropout_apply", "replay", "rng_state"]
 
 
-@torch.fx.wrap
-def dropout_apply(value: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
+_library = torch.library.Library("fxmem", "FRAGMENT")
+_library.define("dropout_apply(Tensor value, Tensor mask, float scale) -> Tensor", tags=(torch.Tag.pointwise,))
+
+
+def _dropout_apply(value: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
     """`value` where `mask`, else 0, times `scale`: what `native_dropout` computes once its mask is drawn, bit for bit."""
     return value.mul(mask).mul_(scale)
+
+
+_library.impl("dropout_apply", _dropout_apply, "CompositeExplicitAutograd")
+dropout_apply = torch.ops.fxmem.dropout_apply.default
 
 
 @torch.fx.wrap

@@ -75,7 +75,7 @@ class _Partition:
         self.roles = {n: n.meta["fxmem_role"] for n in graph.nodes if n.op == "placeholder"}
         output = graph.output_node()
         pairs = list(zip(output.args[0], output.meta["fxmem_roles"], strict=True))
-        self.results = [(role.key, value) for value, role in pairs if role.kind == "output" and isinstance(value, fx.Node)]
+        self.results = [(role.key, value) for value, role in pairs if role.kind in ("output", "output_only")]
         self.gradients = [(role.key, value) for value, role in pairs if role.kind == "gradient"]
         self.last_use = self._last_uses()
         self.tangents = _tangent_dependencies(graph)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import fx
 
-from ..cost import CostModel
+from ..codegen.operators import dropout_apply
+from ..cost import CostModel, OpCost
 from ..errors import CostError
-from .base import Pass, require
+from .base import Pass, is_backward, require
 from .shape_prop import is_view
+
+NATIVE_DROPOUT = torch.ops.aten.native_dropout.default
 
 
 class Costs(Pass):
@@ -37,6 +41,22 @@ class Costs(Pass):
                     f"the cost model {self.model.name!r} gives node {node.name!r} {time_s!r} s and {workspace_bytes!r} bytes of "
                     "workspace; both must be finite and zero or more"
                 )
+            if _has_kept_mask(node):
+                node.meta["fxmem_variant_cost"] = self._dropout_from_mask(node)
             node.meta["fxmem_time_s"] = time_s
             node.meta["fxmem_workspace_bytes"] = workspace_bytes
         return False
+
+    def _dropout_from_mask(self, node: fx.Node) -> OpCost:
+        """Cost of running a dropout again from its mask: that of a node that is in no graph yet."""
+        graph = fx.Graph()
+        value, mask = graph.placeholder("value"), graph.placeholder("mask")
+        value.meta["val"], (result, mask.meta["val"]) = node.args[0].meta["val"], node.meta["val"]
+        again = graph.call_function(dropout_apply, (value, mask, 1 / (1 - node.args[1])))
+        again.meta["val"] = result
+        return self.model.cost(again)
+
+
+def _has_kept_mask(node: fx.Node) -> bool:
+    """Whether the node is a forward dropout that draws a mask."""
+    return node.target is NATIVE_DROPOUT and not is_backward(node) and node.args[2] is not False and 0 < node.args[1] < 1

@@ -1,7 +1,7 @@
 """Search: rounds of annealing from several seeds, each round from the best of the last.
 
-One seed's result varies by a percentage point. So the first round begins from everything kept, hot, and from the advice of
-the linear relaxation (see `bound`), cool; the next reheat the best so far. Where nothing fits, runs that weigh bytes above
+One seed's result varies by a percentage point. So the first round begins from the advice of the linear relaxation
+(see `bound`), once hot and mostly cool; the next reheat the best so far. Where nothing fits, runs that weigh bytes above
 all look for the least peak first (see `minimum`). Every schedule is judged
 by `simulate`; should it see more bytes than the incremental evaluation did, the budget shrinks by the difference.
 """
@@ -21,8 +21,11 @@ from .stages import Compiled, compile_problem
 from .starts import starting_states
 from .state import State
 
-SEEDS = 2  # per round: one for each of two processes
-HOT, WARM, COOL = 5e-3, 1.5e-3, 5e-4  # temperatures at which runs begin, in fractions of the plain time
+SEEDS = 2  # of a later round: one for each of two processes
+HOT, WARM, COOL, COLD = 5e-3, 1.5e-3, 5e-4, 3e-4  # temperatures at which runs begin, in fractions of the plain time
+REHEATS = (COOL, WARM, COOL, WARM)
+WORTHWHILE = 3e-3  # the part of the extra time that a round has to save for the next to be run
+FIRST_ROUND = ((HOT, 0.2), (COOL, 0.05), (COOL, 0.05), (COLD, 0.2))  # temperature, and what a byte too many weighs at first
 SQUEEZE_WEIGHT = 10.0  # what a byte too many weighs when only bytes matter
 ATTEMPTS = 3
 
@@ -83,17 +86,17 @@ def better(incumbents: list[Incumbent]) -> Incumbent:
 
 
 def _rounds(task: Task, compiled: Compiled, budget_bytes: int, pool: Pool, log: list[str]) -> Incumbent:
-    """First from everything kept and from the relaxation's advice; then twice from the best so far, each time cooler."""
+    """First from the relaxation's advice, hot and cool; then from the best so far, as long as that saves anything."""
     begin, moves, unit_s = time.monotonic(), effort(compiled), task.problem.plain_time_s or 1.0
     best = first_states(task, compiled, budget_bytes)
-    everything = ((1 << len(compiled.sizes)) - 1,) * len(compiled.stages)
     advice = hint(compiled, budget_bytes, task.deadline)
-    run = Run(task.problem, budget_bytes, everything, moves, 0, HOT)
-    runs = [run, replace(run, desired=tuple(advice) if advice else everything, seed=1, hot=COOL)]
-    for number, hot in enumerate((HOT, WARM, COOL)):
-        if number:
-            run = Run(task.problem, budget_bytes, best.desired, moves, SEEDS * number, hot)
-            runs = _seeds(run)
+    start = tuple(advice) if advice else ((1 << len(compiled.sizes)) - 1,) * len(compiled.stages)
+    first = Run(task.problem, budget_bytes, start, moves, 0)
+    runs = [replace(first, seed=seed, hot=hot, weight=weight) for seed, (hot, weight) in enumerate(FIRST_ROUND)]
+    for number, hot in enumerate((None, *REHEATS)):
+        if hot:
+            runs = _seeds(Run(task.problem, budget_bytes, best.desired, moves, len(FIRST_ROUND) + SEEDS * number, hot))
+        before_s = best.time_s
         best = better([best, *pool.run_all(runs, task.deadline, task.progress)])
         if best.desired is None:
             best = squeeze(task, compiled, budget_bytes, best, pool)
@@ -102,7 +105,7 @@ def _rounds(task: Task, compiled: Compiled, budget_bytes: int, pool: Pool, log: 
                 return best
         took_s = time.monotonic() - begin
         log.append(f"search: {len(runs)} x {moves} moves, extra time {100 * best.time_s / unit_s:.3f} %, {took_s:.1f} s")
-        if best.stopped:
+        if best.stopped or (number > 0 and best.time_s > before_s * (1 - WORTHWHILE)):
             break
     return best
 
