@@ -6,7 +6,6 @@ Used directly rather than through cvxpy's own call, which takes no starting poin
 from __future__ import annotations
 
 import math
-import os
 import time
 from dataclasses import dataclass
 
@@ -70,9 +69,8 @@ def _run(program: Program, left_s: float, most_nodes: int | None, start: np.ndar
     import highspy  # here, so that a broken HiGHS costs a bound and not the import of the whole package
 
     solver = highspy.Highs()
-    options = {
+    options = {  # no "threads": HiGHS keeps one scheduler for the process and fails where a later call asks for another number
         "output_flag": False,
-        "threads": min(2, os.cpu_count() or 1),
         "mip_rel_gap": 1e-9,
         "mip_abs_gap": 1e-9,
         "random_seed": 0,

@@ -83,7 +83,7 @@ def _solve(task: Task, compiled: Compiled, budget_bytes: int, most_overhead: flo
         cost[variable] = compiled.recomputes[v.slots[j]].time_s / unit_s
     if most_overhead is not None:
         constraints.append(cost @ binary <= most_overhead * (1 + 1e-9) + 1e-12)
-    options = {"mip_rel_gap": 1e-7, "mip_abs_gap": 1e-9, "mip_max_nodes": MOST_NODES, "random_seed": 0, "threads": 1}
+    options = {"mip_rel_gap": 1e-7, "mip_abs_gap": 1e-9, "mip_max_nodes": MOST_NODES, "random_seed": 0}
     if math.isfinite(left_s):
         options["time_limit"] = left_s
     program = cp.Problem(cp.Minimize(cost @ binary), constraints)
