@@ -20,7 +20,7 @@ from .codegen.planned import PlannedModule, assemble, canonical_call
 from .cost import CostModel, OpCall, cost_model, workspace_bytes
 from .errors import CaptureError
 from .lowering import Lowered, lower
-from .passes import Costs, Liveness, MarkRegions, MatchEager, Rematerialize, ShapeProp, UpdateBuffers
+from .passes import Costs, Liveness, MarkRegions, MatchEager, NameNodes, Rematerialize, ShapeProp, UpdateBuffers
 from .plan import Frontier, Plan
 from .solvers import Solution
 from .solvers import frontier as solve_frontier
@@ -142,6 +142,7 @@ def _prepare(module: nn.Module, args: tuple, kwargs: dict, cost: str | CostModel
     model = cost_model(cost, device)
     captured = capture(module, args, kwargs, output_gradients)
     passes = (
+        NameNodes(),
         MatchEager(),
         UpdateBuffers(),
         ShapeProp(alignment_bytes=CUDA_ALIGNMENT_BYTES if device.type == "cuda" else 1),

@@ -23,6 +23,7 @@ import torch
 from torch import fx, nn
 
 from .errors import CaptureError
+from .modules import source_of
 from .torch_internals import (
     FakeTensor,
     FakeTensorMode,
@@ -120,22 +121,6 @@ def example_inputs_of(graph_module: nn.Module) -> tuple[torch.Tensor, ...]:
             'or a GraphModule whose placeholders carry meta["val"] or meta["tensor_meta"] (torch.fx.passes.shape_prop.ShapeProp)'
         )
     return tuple(found)
-
-
-def source_of(node: fx.Node) -> str:
-    """"node 'add_1' of module 'layer1.0', at model.py:12" as far as it is known."""
-    stack = list((node.meta.get("nn_module_stack") or {}).values())
-    where = f" of module {clean_path(stack[-1][0])!r}" if stack else ""
-    frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
-    line = f", at {frames[-1][0]}:{frames[-1][1]}" if frames else ""
-    return f"node {node.name!r}{where}{line}"
-
-
-def clean_path(path: str) -> str:
-    """A module path as the user writes it: Dynamo says "L['self'].layer1.0"."""
-    path = re.sub(r"^L\['self'\]\.?|^L__self___?|^_export_root\.?", "", path)
-    path = re.sub(r"^_export_root\.?", "", path)
-    return re.sub(r"\[['\"]?([^\]'\"]+)['\"]?\]", r".\1", re.sub(r"@\d+$", "", path)).lstrip(".")
 
 
 def _check_devices(module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -265,6 +250,9 @@ def _aot(graph_module: fx.GraphModule, args: tuple, kwargs: dict) -> tuple[fx.Gr
     with _refusing(graph_module):
         joint, out_spec = joint_graph(graph_module, args, kwargs)
     joint.graph.set_codegen(fx.graph.CodeGen())
+    for node in joint.graph.find_nodes(op="call_function", target=torch.ops.aten.detach.default):
+        node.replace_all_uses_with(node.args[0])  # autograd's business, and there is none in this graph
+        joint.graph.erase_node(node)
     for node in joint.graph.nodes:
         if node.meta.get("partitioner_tag") == "is_backward":
             node.meta["fxmem_backward"] = True

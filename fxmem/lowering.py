@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from .capture import clean_path
+from .modules import module_of
 from .passes.base import is_backward, require
 from .passes.shape_prop import StorageInfo, is_view
 from .problem import Operator, Problem, Storage
@@ -32,6 +32,7 @@ INPLACE_TWINS = {
     aten.leaky_relu.default: (aten.leaky_relu_.default, False),
     aten.silu.default: (aten.silu_.default, False),
 }
+TOKEN_BYTES = 64  # the scalar that goes from region to region, its gradient, and what autograd makes of both
 BATCH_NORM = aten._native_batch_norm_legit_functional.default
 
 
@@ -61,7 +62,7 @@ def lower(graph_module: fx.GraphModule) -> Lowered:
         num_forward=forward_end + 1,
         num_program=len(nodes),
         outputs=_outputs(graph_module, infos),
-        extra_bytes=sum(rng_state_bytes(n) for n in nodes if n.op == "call_function" and draws_random_numbers(n)),
+        extra_bytes=TOKEN_BYTES + sum(rng_state_bytes(n) for n in nodes if n.op == "call_function" and draws_random_numbers(n)),
     )
     return Lowered(problem, (*nodes, *(n for n, _ in variants)))
 
@@ -85,12 +86,6 @@ def device_of(node: fx.Node) -> torch.device:
 def rng_state_bytes(node: fx.Node) -> int:
     """Bytes of a saved state of the generator that the node draws from (Mersenne Twister, or Philox seed and offset)."""
     return 16 if device_of(node).type == "cuda" else 5056
-
-
-def module_of(node: fx.Node) -> str:
-    """The path of the user's module that the node, forward or backward, belongs to; "" at the root."""
-    stack = node.meta.get("fwd_nn_module_stack") or node.meta.get("nn_module_stack") or {}
-    return clean_path(list(stack.values())[-1][0]) if stack else ""
 
 
 def _storage(info: StorageInfo) -> Storage:

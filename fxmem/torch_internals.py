@@ -144,3 +144,8 @@ def is_being_traced(*tree: Any) -> bool:
 def real_tensors() -> contextlib.AbstractContextManager:
     """Inside, no fake tensor mode nor any other dispatch mode is in force: operators compute."""
     return _disable_current_modes()
+
+
+def rename_node(node: fx.Node, name: str) -> None:
+    """Give an fx node a new name, made unique within its graph."""
+    node._rename(name)

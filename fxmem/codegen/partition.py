@@ -176,8 +176,8 @@ class BoxedCodeGen(fx.graph.CodeGen):
 
     def gen_fn_def(self, free_vars: list[str], maybe_return_annotation: str, **_) -> str:
         names = [v.split(":")[0].split("=")[0].strip() for v in free_vars if v != "self"]
-        unpack = f"\n    {', '.join(names)}, = args\n    args.clear()" if names else ""
-        return f"def forward(self, args):{unpack}"
+        unpack = f"\n    {', '.join(names)}, = boxed_args\n    boxed_args.clear()" if names else ""
+        return f"def forward(self, boxed_args):{unpack}"
 
 
 class Comments:

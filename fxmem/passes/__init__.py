@@ -1,6 +1,7 @@
 """The stages that work on a graph, each an fx pass: use them alone, in a PassManager, or through `fxmem.transform`.
 
 MatchEager      makes a captured joint graph round as the plain module does
+NameNodes       names nodes after modules and what they compute
 UpdateBuffers   writes buffers where they change
 ShapeProp       fake values and storages of every node
 Liveness        first and last uses, bytes alive
@@ -14,8 +15,9 @@ from .costs import Costs
 from .liveness import Liveness
 from .match_eager import MatchEager
 from .regions import MarkRegions
+from .names import NameNodes
 from .rematerialize import Rematerialize
 from .shape_prop import ShapeProp
 from .update_buffers import UpdateBuffers
 
-__all__ = ["Costs", "Liveness", "MarkRegions", "MatchEager", "Pass", "Rematerialize", "ShapeProp", "UpdateBuffers"]
+__all__ = ["Costs", "Liveness", "MarkRegions", "MatchEager", "NameNodes", "Pass", "Rematerialize", "ShapeProp", "UpdateBuffers"]

@@ -6,7 +6,7 @@ import re
 
 from torch import fx
 
-from ..lowering import module_of
+from ..modules import module_of
 from .base import Pass, is_backward, require
 from .shape_prop import is_view
 
