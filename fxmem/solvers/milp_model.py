@@ -1,7 +1,8 @@
 """The rows of the exact program (see `milp`): its variables, and one function for each family of constraints.
 
 Notation as in Checkmate (Jain et al. 2020): S[t, k] storage k is carried into stage t; R[t, p] operator p runs again in it.
-Ours: A, the presence of a storage after each operator of the stage that makes or reads it; I[pair], an operator runs in place. Bytes are in units of the budget.
+Ours: A, the presence of a storage after each operator of the stage that makes or reads it; I[pair], an operator runs in
+place. Bytes are in units of the budget.
 """
 
 from __future__ import annotations

@@ -111,7 +111,7 @@ class State:
         return Schedule(tuple(steps))
 
     def _spread(self, first: int, last: int) -> tuple[int, int]:
-        """Forward over the stages from the first wish that changed: the lowest and highest stage that now recomputes otherwise."""
+        """Forward from the first changed wish: the lowest and highest stage that now recomputes otherwise."""
         alive, made, desired, touched, log = self.alive, self.made, self.desired, self.touched, self._log
         low, high = len(alive), -1
         for t in range(first, len(alive)):
