@@ -153,7 +153,7 @@ def _prepare(module: nn.Module, args: tuple, kwargs: dict, cost: str | CostModel
     for graph_pass in passes:
         graph_pass(captured.joint)
     lowered = lower(captured.joint)
-    baseline = eager_timeline(captured.torch_level, *captured.call, workspace=_workspace)
+    baseline = eager_timeline(captured.torch_level, *captured.call, workspace=_workspace, roots_of=_attached)
     return _Prepared(type(module).__name__, captured, lowered, baseline, model.name, time.perf_counter() - started)
 
 
@@ -162,6 +162,11 @@ def _plan(prepared: _Prepared, budget: Budget, solver: str, time_limit_s: float)
     solution = choose(prepared.lowered.problem, budget, plain_peak_bytes, solver, time_limit_s)
     budget_bytes = None if budget.is_free else budget.resolve(plain_peak_bytes) or solution.timeline.peak_bytes
     return prepared.plan(solution, budget_bytes)
+
+
+def _attached(outputs: Any) -> list[torch.Tensor]:
+    """The outputs that the planned step differentiates: capture has detached all others."""
+    return [t for t in pytree.tree_leaves(outputs) if isinstance(t, torch.Tensor) and t.requires_grad]
 
 
 def _workspace(operator: Any, args: tuple, kwargs: dict, result: Any) -> int:

@@ -45,12 +45,14 @@ def eager_timeline(
     kwargs: dict[str, Any] | None = None,
     workspace: Workspace | None = None,
     output_gradients: Iterable[torch.Tensor] | None = None,
+    roots_of: Callable[[Any], list[torch.Tensor]] = backward_roots,
 ) -> EagerTimeline:
     """Predict the memory of `module`'s training step as `fxmem.measure` would find it.
 
     args, kwargs: real, fake or meta tensors in any pytree; meta tensors count as the CPU's.
     workspace: bytes that an operator takes inside, from (operator, args, kwargs, result); none if not given.
     output_gradients: as for `measure`; ones, alive from the start, where they are not given.
+    roots_of: which tensors of the outputs the backward starts from; as for `measure` if not given.
 
     `module`, its gradients and buffers, and the random number generators are left as they are. Raises MeasureError where no
     output requires grad, and whatever the module raises on fake tensors (data-dependent control flow, mostly).
@@ -66,13 +68,13 @@ def eager_timeline(
             for tensor in _tensors(tree):
                 ledger.add(tensor, kind)
         fakes.forget()
-        return _run(module, {**parameters, **buffers}, inputs, given, ledger)
+        return _run(module, {**parameters, **buffers}, inputs, given, ledger, roots_of)
 
 
-def _run(module: nn.Module, state: dict, inputs: tuple, given: list | None, ledger: _Ledger) -> EagerTimeline:
+def _run(module: nn.Module, state: dict, inputs: tuple, given: list | None, ledger: _Ledger, roots_of: Callable) -> EagerTimeline:
     """Forward and backward under the ledger's eyes; the outputs that the backward starts from live to the end."""
     with ledger:
-        roots = backward_roots(torch.func.functional_call(module, state, *inputs))
+        roots = roots_of(torch.func.functional_call(module, state, *inputs))
         ledger.begin_backward()
         if not roots:
             raise MeasureError(f"no output of {type(module).__name__} requires grad, so its training step has no backward")
