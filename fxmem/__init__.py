@@ -1,25 +1,37 @@
-"""fxmem: train PyTorch models under a memory budget that holds."""
+"""fxmem: train PyTorch models under a memory budget that holds.
 
-from . import passes
-from .api import frontier, plan, transform
-from .codegen.planned import PlannedModule
-from .cost import CostModel, OpCost
-from .errors import (
-    BudgetError,
-    CaptureError,
-    CostError,
-    FxmemError,
-    InfeasibleBudgetError,
-    MeasureError,
-    MissingExtraError,
-    ProblemError,
-    TapeError,
-)
-from .measure import Measurement, PairMeasurement, measure, measure_pair
-from .plan import Frontier, Plan
+Names are imported when they are first used: the planning core (problem, schedule, solvers) works without torch, and processes
+that only solve never load it.
+"""
 
-__all__ = [
-    "BudgetError", "CaptureError", "CostError", "CostModel", "Frontier", "FxmemError", "InfeasibleBudgetError", "MeasureError",
-    "Measurement", "MissingExtraError", "OpCost", "PairMeasurement", "Plan", "PlannedModule", "ProblemError", "TapeError", "frontier",
-    "measure", "measure_pair", "passes", "plan", "transform",
-]  # fmt: skip
+from __future__ import annotations
+
+import importlib
+
+_PLACES = {
+    "api": ("frontier", "plan", "transform"),
+    "codegen.planned": ("PlannedModule",),
+    "cost": ("CostModel", "OpCost"),
+    "errors": (
+        "BudgetError", "CaptureError", "CostError", "FxmemError", "InfeasibleBudgetError", "MeasureError", "MissingExtraError",
+        "ProblemError", "TapeError",
+    ),
+    "measuring": ("Measurement", "PairMeasurement", "measure", "measure_pair"),
+    "plans": ("Frontier", "Plan"),
+}  # fmt: skip
+_PLACE_OF = {name: place for place, names in _PLACES.items() for name in names}
+
+__all__ = [*sorted(_PLACE_OF), "passes"]
+
+
+def __getattr__(name: str):
+    if name == "passes":
+        return importlib.import_module(f"{__name__}.passes")
+    if name in _PLACE_OF:
+        value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_PLACE_OF[name]}"), name)
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -21,7 +21,7 @@ from .cost import CostModel, OpCall, cost_model, workspace_bytes
 from .errors import CaptureError
 from .lowering import Lowered, lower
 from .passes import Costs, Liveness, MarkRegions, MatchEager, NameNodes, Rematerialize, ShapeProp, UpdateBuffers
-from .plan import Frontier, Plan
+from .plans import Frontier, Plan
 from .solvers import Solution
 from .solvers import frontier as solve_frontier
 from .solving import choose

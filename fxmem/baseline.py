@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from .errors import MeasureError
-from .measure import backward_roots
+from .measuring import backward_roots
 from .torch_internals import FakeTensorMode, TorchDispatchMode, pytree
 
 KINDS = ("parameter", "buffer", "input", "activation", "gradient", "workspace")

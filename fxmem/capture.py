@@ -23,7 +23,7 @@ import torch
 from torch import fx, nn
 
 from .errors import CaptureError
-from .modules import source_of
+from .graph_meta import source_of
 from .torch_internals import (
     FakeTensor,
     FakeTensorMode,

@@ -12,9 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from .modules import module_of
-from .passes.base import is_backward, require
-from .passes.shape_prop import StorageInfo, is_view
+from .graph_meta import StorageInfo, is_backward, is_view, module_of, require
 from .problem import Operator, Problem, Storage
 
 aten = torch.ops.aten
@@ -32,7 +30,7 @@ INPLACE_TWINS = {
     aten.leaky_relu.default: (aten.leaky_relu_.default, False),
     aten.silu.default: (aten.silu_.default, False),
 }
-TOKEN_BYTES = 64  # the scalar that goes from region to region, its gradient, and what autograd makes of both
+TOKEN_BYTES = 2048  # the scalar that goes from region to region, its gradient, and what autograd makes of both
 BATCH_NORM = aten._native_batch_norm_legit_functional.default
 
 
@@ -51,7 +49,8 @@ def lower(graph_module: fx.GraphModule) -> Lowered:
     nodes = [n for n in graph_module.graph.nodes if n.op == "call_function" and not is_view(n, infos)]
     nodes.sort(key=is_backward)  # stable: what the backward computes without tangents may stand anywhere
     written = {n.meta["fxmem_writes"] for n in nodes if "fxmem_writes" in n.meta}
-    operators = [_operator(node, infos, written) for node in nodes]
+    returned = set(_returned(graph_module, ("output", "output_only", "gradient"), infos))
+    operators = [_operator(node, infos, written, returned) for node in nodes]
     forward_end = sum(not is_backward(n) for n in nodes)
     operators.insert(forward_end, _return_operator(graph_module, infos))
     nodes.insert(forward_end, graph_module.graph.output_node())
@@ -116,7 +115,7 @@ def _returned(graph_module: fx.GraphModule, kinds: tuple[str, ...], infos: tuple
     return [s for n in nodes for s in n.meta["fxmem_storages"]]
 
 
-def _operator(node: fx.Node, infos: tuple[StorageInfo, ...], written: set[fx.Node]) -> Operator:
+def _operator(node: fx.Node, infos: tuple[StorageInfo, ...], written: set[fx.Node], returned: set[int]) -> Operator:
     outputs = tuple(s for s in node.meta["fxmem_storages"] if infos[s].node is node)
     inputs = tuple(dict.fromkeys(s for n in node.all_input_nodes for s in n.meta["fxmem_storages"]))
     return Operator(
@@ -125,7 +124,7 @@ def _operator(node: fx.Node, infos: tuple[StorageInfo, ...], written: set[fx.Nod
         outputs=outputs,
         time_s=node.meta["fxmem_time_s"],
         workspace_bytes=node.meta["fxmem_workspace_bytes"],
-        inplace=_inplace_pairs(node, outputs, infos),
+        inplace=_inplace_pairs(node, outputs, infos, returned),
         recomputable=_recomputable(node, written),
         module=module_of(node),
     )
@@ -141,8 +140,11 @@ def _recomputable(node: fx.Node, written: set[fx.Node]) -> bool:
     return not reads_written or (node.target is BATCH_NORM and node.args[5] is True)
 
 
-def _inplace_pairs(node: fx.Node, outputs: tuple[int, ...], infos: tuple[StorageInfo, ...]) -> tuple[tuple[int, int], ...]:
-    """(input, output) pairs that the operator's in-place twin could serve: same dtype and layout, no alias among the operands."""
+def _inplace_pairs(
+    node: fx.Node, outputs: tuple[int, ...], infos: tuple[StorageInfo, ...], returned: set[int]
+) -> tuple[tuple[int, int], ...]:
+    """(input, output) pairs that the operator's in-place twin could serve: same dtype and layout, no alias among the operands,
+    and nothing that a caller can see (an output may outlive its last use here)."""
     if node.target not in INPLACE_TWINS or len(outputs) != 1:
         return ()
     _, commutes = INPLACE_TWINS[node.target]
@@ -156,7 +158,7 @@ def _inplace_pairs(node: fx.Node, outputs: tuple[int, ...], infos: tuple[Storage
         others = [n for n in node.all_input_nodes if n is not operand]
         doubled = sum(a is operand for a in node.args) > 1
         aliased = any(storage in n.meta["fxmem_storages"] for n in others)
-        if not doubled and not aliased and not infos[storage].is_input:
+        if not doubled and not aliased and not infos[storage].is_input and storage not in returned:
             pairs.append((storage, outputs[0]))
     return tuple(pairs)
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fxmem.errors import MeasureError
-from fxmem.measure import measure, measure_pair
+from fxmem.measuring import measure, measure_pair
 from fxmem.torch_internals import pytree
 
 KB4 = 4 * 1024  # one tensor of 1024 floats

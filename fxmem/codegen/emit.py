@@ -11,8 +11,8 @@ from collections.abc import Iterable
 import torch
 from torch import fx
 
+from ..graph_meta import is_view
 from ..lowering import BATCH_NORM, INPLACE_TWINS, Lowered, device_of, draws_random_numbers
-from ..passes.shape_prop import is_view
 from ..schedule import Schedule, Timeline
 from .operators import dropout_apply, replay, rng_state
 

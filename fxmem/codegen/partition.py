@@ -158,7 +158,6 @@ class _Partition:
 
     def _graph(self, number: int, reads: list[fx.Node], spec: GraphSpec) -> fx.Graph:
         graph = fx.Graph()
-        graph.set_codegen(BoxedCodeGen())
         copies: dict[fx.Node, fx.Node] = {}
         for node in reads:
             copies[node] = graph.placeholder(node.name)
@@ -167,8 +166,14 @@ class _Partition:
             copies[node] = graph.node_copy(node, copies.__getitem__)
         by_name = {n.name: copy for n, copy in copies.items()}
         graph.output(tuple(by_name[name] for name in spec.outputs))
-        graph.on_generate_code(lambda _: Comments(graph))
-        return graph
+        return boxed(graph)
+
+
+def boxed(graph: fx.Graph) -> fx.Graph:
+    """Make `graph` take its arguments in one list, and say in its code what is a recompute."""
+    graph.set_codegen(BoxedCodeGen())
+    graph.on_generate_code(lambda _: Comments(graph))
+    return graph
 
 
 class BoxedCodeGen(fx.graph.CodeGen):

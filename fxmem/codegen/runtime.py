@@ -15,7 +15,8 @@ import torch
 from torch import fx, nn
 
 from ..errors import TapeError
-from .partition import GraphSpec, RegionGraphs
+from .partition import GraphSpec, RegionGraphs, RegionSpec, boxed
+from .serialize import graph_from_data, graph_to_data
 
 
 class Tape:
@@ -28,9 +29,9 @@ class Tape:
 
     __slots__ = ("absent", "awaiting", "token", "values", "watched")
 
-    def __init__(self, regions: int):
+    def __init__(self, regions: int, device: torch.device):
         self.values: dict[str, torch.Tensor] = {}
-        self.token: torch.Tensor | None = torch.zeros((), requires_grad=True)
+        self.token: torch.Tensor | None = torch.zeros((), device=device, requires_grad=True)
         self.awaiting = regions - 1
         self.absent: set[int] = set()
         self.watched: list[tuple[int, torch.Tensor, int]] = []
@@ -69,6 +70,15 @@ class Region(nn.Module):
         self.expected, self.attached = expected, attached
         self.forward_graph = fx.GraphModule({}, graphs.forward, "Forward")
         self.backward_graph = fx.GraphModule({}, graphs.backward, "Backward")
+
+    def __reduce__(self):
+        graphs = graph_to_data(self.forward_graph.graph), graph_to_data(self.backward_graph.graph)
+        return _region, (self.spec, *graphs, self.index, self.count, self.expected, self.attached)
+
+    def __deepcopy__(self, memo: dict) -> Region:
+        function, arguments = self.__reduce__()
+        memo[id(self)] = copied = function(*arguments)
+        return copied
 
     @property
     def name(self) -> str:
@@ -109,6 +119,11 @@ class Region(nn.Module):
         return gradients
 
 
+def _region(spec: RegionSpec, forward: list, backward: list, *rest) -> Region:
+    """A region from the data that its pickle holds."""
+    return Region(RegionGraphs(spec, boxed(graph_from_data(forward)), boxed(graph_from_data(backward))), *rest)
+
+
 def _run(graph: fx.GraphModule, spec: GraphSpec, tape: Tape, arguments: Any) -> None:
     """Call a graph, boxed: nothing here keeps a value that the graph is the last to read."""
     boxed = []
@@ -135,7 +150,7 @@ def _precision_as_captured() -> Iterator[None]:
 @fx.wrap
 def run_region(region: Region, *inputs):
     """Run one region of the chain: `inputs` are the tape (but for the first region) and the region's arguments."""
-    tape, arguments = (Tape(region.count), inputs) if region.index == 0 else (inputs[0], inputs[1:])
+    tape, arguments = (Tape(region.count, inputs[0].device), inputs) if region.index == 0 else (inputs[0], inputs[1:])
     token, *outputs = RegionFunction.apply(region, tape, tape.token, *arguments)
     if region.index < region.count - 1:
         tape.token = token
@@ -150,12 +165,12 @@ class RegionFunction(torch.autograd.Function):
     @staticmethod
     def forward(region: Region, tape: Tape, token: torch.Tensor, *arguments: torch.Tensor):
         outputs = region.run_forward(tape, arguments)
-        return torch.zeros(()), *outputs
+        return torch.zeros((), device=token.device), *outputs
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        region, tape, _, *arguments = inputs
-        ctx.region, ctx.tape = region, tape
+        region, tape, token, *arguments = inputs
+        ctx.region, ctx.tape, ctx.token_device = region, tape, token.device
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*(arguments[i] for i in region.spec.saved))
         leaves = [leaf for leaf, _, _ in region.spec.results]
@@ -171,7 +186,7 @@ class RegionFunction(torch.autograd.Function):
         ctx.maybe_clear_saved_tensors()
         gradients = region.run_backward(tape, arguments)
         wanted = ctx.needs_input_grad[3:]
-        token_gradient = torch.zeros(()) if region.index else None
+        token_gradient = torch.zeros((), device=ctx.token_device) if region.index else None
         return None, None, token_gradient, *(gradients.pop(i, None) if needed else None for i, needed in enumerate(wanted))
 
 

@@ -12,8 +12,6 @@ import time
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from ..errors import CaptureError
-
 log = logging.getLogger(__name__)
 
 
@@ -33,14 +31,3 @@ class Pass(PassBase):
             "%s: %.2f s, %+d nodes", type(self).__name__, time.perf_counter() - started, len(graph_module.graph.nodes) - before
         )
         return PassResult(graph_module, modified)
-
-
-def require(graph_module: fx.GraphModule, key: str, made_by: str) -> None:
-    """Raise CaptureError unless the pass `made_by` has left its `key` in the graph module's meta."""
-    if key not in graph_module.meta:
-        raise CaptureError(f"this graph module has no {key!r} yet: run fxmem.passes.{made_by} before this pass")
-
-
-def is_backward(node: fx.Node) -> bool:
-    """Whether the node belongs to the backward part of a joint graph."""
-    return node.meta.get("fxmem_backward", False)

@@ -10,8 +10,8 @@ from torch import fx
 from ..codegen.operators import dropout_apply
 from ..cost import CostModel, OpCost
 from ..errors import CostError
-from .base import Pass, is_backward, require
-from .shape_prop import is_view
+from ..graph_meta import is_backward, is_view, require
+from .base import Pass
 
 NATIVE_DROPOUT = torch.ops.aten.native_dropout.default
 

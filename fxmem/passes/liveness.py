@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import fx
 
-from .base import Pass, require
+from ..graph_meta import require
+from .base import Pass
 
 
 class Liveness(Pass):

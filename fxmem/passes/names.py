@@ -8,7 +8,7 @@ import re
 import torch
 from torch import fx
 
-from ..modules import module_of
+from ..graph_meta import module_of
 from ..torch_internals import rename_node
 from .base import Pass
 

@@ -6,9 +6,8 @@ import re
 
 from torch import fx
 
-from ..modules import module_of
-from .base import Pass, is_backward, require
-from .shape_prop import is_view
+from ..graph_meta import is_backward, is_view, module_of, require
+from .base import Pass
 
 LARGEST_SHARE = 1 / 6  # a module with a larger share of the forward operators is cut at its children
 SMALLEST_SHARE = 1 / 24  # neighbours that together have a smaller share become one region

@@ -6,25 +6,12 @@ themselves, so that every view, `_unsafe_view` and `detach` counts as what it is
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import fx
 
+from ..graph_meta import StorageInfo
 from ..torch_internals import fake_mode_of, pytree, storage_key
 from .base import Pass
-
-
-@dataclass(frozen=True)
-class StorageInfo:
-    """One storage of a graph: the node that makes it (a placeholder for what is there before), and its bytes."""
-
-    node: fx.Node
-    size_bytes: int
-
-    @property
-    def is_input(self) -> bool:
-        return self.node.op in ("placeholder", "get_attr")
 
 
 class ShapeProp(Pass):
@@ -73,10 +60,3 @@ class ShapeProp(Pass):
 
     def _rounded(self, size_bytes: int) -> int:
         return -(-size_bytes // self.alignment_bytes) * self.alignment_bytes
-
-
-def is_view(node: fx.Node, infos: tuple[StorageInfo, ...]) -> bool:
-    """Whether `node` makes no storage of its own: it only shows bytes that are there, and has no other effect."""
-    if node.op != "call_function" or "fxmem_writes" in node.meta:
-        return False
-    return bool(node.meta["fxmem_storages"]) and all(infos[s].node is not node for s in node.meta["fxmem_storages"])

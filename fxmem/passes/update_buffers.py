@@ -46,6 +46,8 @@ def _write(graph: fx.Graph, buffer: fx.Node, value: fx.Node, position: dict[fx.N
         for user in late:
             user.replace_input_with(buffer, clone)
     after = value.next
+    while after.op == "placeholder":
+        after = after.next
     while after.target is torch.ops.aten.copy_.default or (value.args and after.args[:1] == value.args[:1]):
         after = after.next  # stay behind the other results of the same operator
     with graph.inserting_before(after):

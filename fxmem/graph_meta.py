@@ -1,0 +1,62 @@
+"""What can be read off the nodes of a graph: where they come from in the user's model, and what the passes noted on them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from torch import fx
+
+from .errors import CaptureError
+
+
+@dataclass(frozen=True)
+class StorageInfo:
+    """One storage of a graph: the node that makes it (a placeholder for what is there before), and its bytes."""
+
+    node: fx.Node
+    size_bytes: int
+
+    @property
+    def is_input(self) -> bool:
+        return self.node.op in ("placeholder", "get_attr")
+
+
+def module_of(node: fx.Node) -> str:
+    """The path of the user's module that the node, forward or backward, belongs to; "" at the root."""
+    stack = node.meta.get("fwd_nn_module_stack") or node.meta.get("nn_module_stack") or {}
+    return clean_path(list(stack.values())[-1][0]) if stack else ""
+
+
+def source_of(node: fx.Node) -> str:
+    """"node 'add_1' of module 'layer1.0', at model.py:12" as far as it is known."""
+    path = module_of(node)
+    where = f" of module {path!r}" if path else ""
+    frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
+    line = f", at {frames[-1][0]}:{frames[-1][1]}" if frames else ""
+    return f"node {node.name!r}{where}{line}"
+
+
+def clean_path(path: str) -> str:
+    """A module path as the user writes it: Dynamo says "L['self'].layer1[0]", or "L['self'].__dict__['_modules']['layer1']"."""
+    path = re.sub(r"@\d+$", "", path).replace(".__dict__['_modules']", "").replace("__dict__._modules", "")
+    path = re.sub(r"^(L\['self'\]|L__self__)\.?(_export_root)?", "", path)
+    return re.sub(r"\[['\"]?([^\]'\"]+)['\"]?\]", r".\1", path).replace("..", ".").strip("._")
+
+
+def require(graph_module: fx.GraphModule, key: str, made_by: str) -> None:
+    """Raise CaptureError unless the pass `made_by` has left its `key` in the graph module's meta."""
+    if key not in graph_module.meta:
+        raise CaptureError(f"this graph module has no {key!r} yet: run fxmem.passes.{made_by} before this pass")
+
+
+def is_backward(node: fx.Node) -> bool:
+    """Whether the node belongs to the backward part of a joint graph."""
+    return node.meta.get("fxmem_backward", False)
+
+
+def is_view(node: fx.Node, infos: tuple[StorageInfo, ...]) -> bool:
+    """Whether `node` makes no storage of its own: it only shows bytes that are there, and has no other effect."""
+    if node.op != "call_function" or "fxmem_writes" in node.meta:
+        return False
+    return bool(node.meta["fxmem_storages"]) and all(infos[s].node is not node for s in node.meta["fxmem_storages"])
