@@ -57,6 +57,18 @@ def parse_budget(budget: int | float | str | None, max_overhead: float | None = 
     raise _refusal(f"budget={budget!r} was given")
 
 
+def budget_from_text(text: str) -> int | float | str | None:
+    """A budget as typed on a command line, in the form that `parse_budget` reads: "0.5" is a fraction, "1000" are bytes."""
+    if text.strip().lower() == "none":
+        return None
+    for number in (int, float):
+        try:
+            return number(text)
+        except ValueError:
+            continue
+    return text
+
+
 def format_bytes(size_bytes: float) -> str:
     """As in "387.0 MB": decimal units, one digit behind the point."""
     for unit, size in (("GB", 10**9), ("MB", 10**6), ("KB", 10**3)):

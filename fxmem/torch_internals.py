@@ -149,3 +149,16 @@ def real_tensors() -> contextlib.AbstractContextManager:
 def rename_node(node: fx.Node, name: str) -> None:
     """Give an fx node a new name, made unique within its graph."""
     node._rename(name)
+
+
+def spec_to_data(spec: Any) -> tuple | None:
+    """A pytree spec as (type, context, children), None for a leaf: specs themselves pickle with a warning."""
+    return None if spec.is_leaf() else (spec.type, spec.context, [spec_to_data(child) for child in spec_children(spec)])
+
+
+def spec_from_data(data: tuple | None) -> Any:
+    """The spec that `spec_to_data` was given."""
+    if data is None:
+        return pytree.tree_structure(0)
+    kind, context, children = data
+    return pytree.TreeSpec(kind, context, [spec_from_data(child) for child in children])

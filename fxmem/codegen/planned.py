@@ -19,7 +19,7 @@ import torch
 from torch import fx, nn
 
 from ..capture import Capture, Role
-from ..torch_internals import is_being_traced, pytree, spec_children
+from ..torch_internals import is_being_traced, pytree, spec_children, spec_from_data, spec_to_data
 from .partition import RegionGraphs
 from .runtime import Region
 from .serialize import graph_from_data, graph_to_data
@@ -78,7 +78,7 @@ class Call:
         tensors = (*module.parameters(), *module.buffers())
         modes = tuple(m.training for m in module.modules())
         state = tuple((t.shape, t.dtype, t.device, t.requires_grad) for t in tensors)
-        key = (spec, tuple(_leaf_key(leaf) for leaf in leaves), modes, state)
+        key = (repr(spec), tuple(_leaf_key(leaf) for leaf in leaves), modes, state)
         kinds = (k for k in ("cpu", "cuda") if torch.is_autocast_enabled(k))
         return Call(key, tuple((k, torch.get_autocast_dtype(k)) for k in kinds))
 
@@ -174,7 +174,7 @@ class PlannedModule(fx.GraphModule):
             "source": self._source,
             "regions": list(chain),
             "constants": dict(chain.named_buffers(recurse=False)),
-            "output_spec": chain.output_structure.spec,
+            "output_structure": spec_to_data(chain.output_structure.spec),
             "graph": graph_to_data(self.graph),
             "hooks": {name: self.__dict__[name] for name in HOOKS if name in self.__dict__},
             "rest": (self._plan, self._call, self._replan),
@@ -206,7 +206,7 @@ class _Plain(nn.Module):
 
 
 def _rebuild(state: dict[str, Any]) -> PlannedModule:
-    chain = RegionChain(state["regions"], state["constants"], state["output_spec"])
+    chain = RegionChain(state["regions"], state["constants"], spec_from_data(state["output_structure"]))
     planned = PlannedModule(state["source"], graph_from_data(state["graph"]), chain, *state["rest"])
     planned.__dict__.update(state["hooks"])
     return planned
