@@ -15,6 +15,8 @@ _library.define("dropout_apply(Tensor value, Tensor mask, float scale) -> Tensor
 
 def _dropout_apply(value: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
     """`value` where `mask`, else 0, times `scale`: what `native_dropout` computes once its mask is drawn, bit for bit."""
+    if value.device.type == "cpu":  # there the noise, and with it the scale, is rounded to the values' own precision
+        return value.mul(mask).mul_(torch.tensor(scale, dtype=value.dtype))
     return value.mul(mask).mul_(scale)
 
 
