@@ -15,7 +15,7 @@ import copy
 import inspect
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -138,10 +138,19 @@ def _check_devices(module: nn.Module, args: tuple, kwargs: dict) -> None:
 
 def _without_meta(module: nn.Module) -> nn.Module:
     """`module`, or, where it has meta parameters or buffers, a fake copy on the CPU: nothing is allocated either way."""
-    if not any(t.is_meta for t in (*module.parameters(), *module.buffers())):
+    state = [*module.parameters(), *module.buffers()]
+    if not any(t.is_meta for t in state):
         return module
-    with FakeTensorMode():
-        return copy.deepcopy(module).to_empty(device="cpu")
+    mode = FakeTensorMode()
+    return copy.deepcopy(module, {id(t): _fake_state(mode, t) for t in state})
+
+
+def _fake_state(mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:
+    """A fake stand-in for a parameter or buffer; what is on the meta device counts as the CPU's."""
+    device = torch.device("cpu") if tensor.is_meta else tensor.device
+    with mode:
+        made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+        return nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
 
 
 def _fake_inputs(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -242,8 +251,9 @@ def _output_values(graph_module: fx.GraphModule, args: tuple, kwargs: dict) -> l
     noted = [leaf.meta.get("example_value") if isinstance(leaf, fx.Node) else leaf for leaf in leaves]
     if not any(value is None and isinstance(leaf, fx.Node) for value, leaf in zip(noted, leaves, strict=True)):
         return noted
-    with _refusing(graph_module), fake_mode_of((args, kwargs), allow_real=True):
-        return pytree.tree_leaves(graph_module(*args, **kwargs))
+    with _refusing(graph_module), fake_mode_of((args, kwargs), allow_real=True) as mode:
+        state = {name: _fake_state(mode, t) for name, t in (*graph_module.named_parameters(), *graph_module.named_buffers())}
+        return pytree.tree_leaves(torch.func.functional_call(graph_module, state, args, kwargs))
 
 
 def _aot(graph_module: fx.GraphModule, args: tuple, kwargs: dict) -> tuple[fx.GraphModule, Any]:
@@ -273,7 +283,7 @@ def _refusing(module: nn.Module) -> Iterator[None]:
 def _assign_roles(joint: fx.GraphModule, traced: fx.GraphModule, names: dict[int, str], differentiated: tuple[int, ...]) -> tuple[dict, dict]:
     """Mark placeholders and outputs with their Role; returns the capture's constants and fixed outputs."""
     constants: dict[str, torch.Tensor] = {}
-    tensors = dict((*traced.named_parameters(), *traced.named_buffers()))
+    tensors = dict((*traced.named_parameters(remove_duplicate=False), *traced.named_buffers(remove_duplicate=False)))
 
     def named(kind: str, key: str) -> Role:
         if id(tensors[key]) in names:
@@ -294,6 +304,7 @@ def _assign_roles(joint: fx.GraphModule, traced: fx.GraphModule, names: dict[int
             node.meta["fxmem_role"] = to_role(input_role(node.meta["desc"]), f"input {node.name!r} ({node.meta['desc']})")
         elif node.op == "get_attr":
             constants[node.name] = _lift_constant(joint, node)
+    _merge_tied_inputs(joint.graph)
     output = joint.graph.output_node()
     roles, values, fixed = [], [], {}
     for value, desc in zip(pytree.tree_leaves(output.args, is_leaf=lambda v: v is None), output.meta["desc"], strict=True):
@@ -312,11 +323,38 @@ def _assign_roles(joint: fx.GraphModule, traced: fx.GraphModule, names: dict[int
         else:
             roles.append(role)
             values.append(value)
-    output.args = (tuple(values),)
-    output.meta["fxmem_roles"] = tuple(roles)
+    results = _sum_tied_gradients(zip(roles, values, strict=True))
+    output.args = (tuple(results.values()),)
+    output.meta["fxmem_roles"] = tuple(results)
     joint.graph.eliminate_dead_code()
     joint.recompile()
     return constants, fixed
+
+
+def _merge_tied_inputs(graph: fx.Graph) -> None:
+    """One placeholder for each parameter: a GraphModule's tied weights are traced once for every name that they have."""
+    first: dict[Role, fx.Node] = {}
+    for node in [n for n in graph.nodes if n.op == "placeholder"]:
+        kept = first.setdefault(node.meta["fxmem_role"], node)
+        if kept is not node:
+            node.replace_all_uses_with(kept)
+            graph.erase_node(node)
+
+
+def _sum_tied_gradients(results: Iterable[tuple[Role, fx.Node]]) -> dict[Role, fx.Node]:
+    """One gradient for each parameter: those of a tied one are added as they are made, which is how autograd does it."""
+    found: dict[Role, list[fx.Node]] = {}
+    for role, value in results:
+        found.setdefault(role, []).append(value)
+    sums = {}
+    for role, parts in found.items():
+        total, *others = sorted(parts)
+        for part in others:
+            with part.graph.inserting_after(part):
+                total = part.graph.call_function(torch.ops.aten.add.Tensor, (total, part))
+            total.meta = dict(part.meta)
+        sums[role] = total
+    return sums
 
 
 def _buffer_update(source: Role, value: fx.Node) -> Role:
