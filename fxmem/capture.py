@@ -14,6 +14,7 @@ import contextlib
 import copy
 import inspect
 import logging
+import operator
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from torch import fx, nn
 from .errors import CaptureError
 from .graph_meta import source_of
 from .torch_internals import (
+    Assignment,
     FakeTensor,
     FakeTensorMode,
     dynamo_graph,
@@ -184,7 +186,36 @@ def _torch_level(module: nn.Module, args: tuple, kwargs: dict) -> tuple[fx.Graph
             return own, bound.args, {}
         return own, args, kwargs
     with _refusing(module):
-        return dynamo_graph(module, args, kwargs), args, kwargs
+        traced, assignments = dynamo_graph(module, args, kwargs)
+    _check_assignments(module, traced, assignments)
+    return traced, args, kwargs
+
+
+def _check_assignments(module: nn.Module, traced: fx.GraphModule, assignments: list[Assignment]) -> None:
+    """Refuse state that the module's Python code moves from step to step: the graph would repeat the first step for ever."""
+    read = {id(t) for t in (*traced.parameters(), *traced.buffers(), *vars(traced).values()) if isinstance(t, torch.Tensor)}
+    for found in assignments:
+        name = f"{found.path}.{found.name}".lstrip(".")
+        before = _attribute(module, name)
+        if found.is_buffer:
+            raise CaptureError(
+                f"buffer {name!r} is replaced by a new tensor, at {found.where}: a planned module can only write into its buffers, as "
+                f"in self.{found.name}.copy_(value)"
+            )
+        if isinstance(before, (bool, int, float, str)) or id(before) in read:
+            raise CaptureError(
+                f"attribute {name!r} is changed by the module's Python code, at {found.where}, and a planned step would never see it "
+                "move: make it a buffer and write into it, or change it outside of forward"
+            )
+        log.warning("attribute %r, set at %s, is left alone by planned steps", name, found.where)
+
+
+def _attribute(module: nn.Module, name: str) -> Any:
+    """What stands at a dotted name now; None where nothing does yet."""
+    try:
+        return operator.attrgetter(name)(module)
+    except AttributeError:
+        return None
 
 
 def _refusal(module: nn.Module, error: Exception) -> str:

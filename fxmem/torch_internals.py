@@ -1,7 +1,7 @@
 """Every private PyTorch interface that fxmem uses, behind a name of ours: a new PyTorch is this file's work.
 
 joint_graph         AOTAutograd's joint graph with descriptors        torch._functorch.aot_autograd
-dynamo_graph        one torch-level graph of any nn.Module            torch._dynamo.functional_export
+dynamo_graph        one torch-level graph of any nn.Module            torch._dynamo.functional_export, .side_effects
 what the joint graph's placeholders and outputs mean                  torch._functorch._aot_autograd.descriptors
 pytree                                                                torch.utils._pytree
 OpOverload          what an operator of the dispatcher is             torch._ops
@@ -14,14 +14,18 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.utils._pytree as pytree
 from torch import fx, nn
 from torch._dynamo import config as dynamo_config
+from torch._dynamo.side_effects import SideEffects
 from torch._functorch._aot_autograd import descriptors
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 from torch._ops import OpOverload
@@ -29,18 +33,70 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 __all__ = [
-    "FakeTensor", "FakeTensorMode", "OpOverload", "TorchDispatchMode", "cpu_memory_events", "dynamo_graph", "fake_mode_of", "input_role",
+    "Assignment", "FakeTensor", "FakeTensorMode", "OpOverload", "TorchDispatchMode", "cpu_memory_events", "dynamo_graph", "fake_mode_of", "input_role",
     "joint_graph", "output_role", "pytree", "real_tensors", "restore_rng",
 ]  # fmt: skip
 
 
-def dynamo_graph(module: nn.Module, args: tuple, kwargs: dict) -> fx.GraphModule:
-    """One torch-level graph of `module` as Dynamo sees it: static shapes, no graph break allowed."""
+@dataclass(frozen=True)
+class Assignment:
+    """State of the module that its own Python code changes while it runs, which no graph of tensors holds.
+
+    path: of the submodule, "" for the module itself. name: the attribute, or the list or dict in it, that is changed.
+    is_buffer: whether a registered buffer is replaced by another tensor (a write into it is in the graph).
+    where: "file:line" of the user's code, as far as it is known.
+    """
+
+    path: str
+    name: str
+    is_buffer: bool
+    where: str
+
+
+def dynamo_graph(module: nn.Module, args: tuple, kwargs: dict) -> tuple[fx.GraphModule, list[Assignment]]:
+    """One torch-level graph of `module` as Dynamo sees it (static shapes, no graph break allowed), and what it leaves out."""
     from torch._dynamo.functional_export import _dynamo_graph_capture_for_export
 
     _register_cache_outputs()
-    with dynamo_config.patch(automatic_dynamic_shapes=False, assume_static_by_default=True):
-        return _dynamo_graph_capture_for_export(module)(*args, **kwargs)
+    found: dict[Assignment, None] = {}
+    codegen = SideEffects.codegen_update_mutated
+
+    def spy(effects: SideEffects, *spy_args: Any, **spy_kwargs: Any) -> None:
+        found.update(dict.fromkeys(_assignments(effects)))
+        codegen(effects, *spy_args, **spy_kwargs)
+
+    config = dynamo_config.patch(automatic_dynamic_shapes=False, assume_static_by_default=True, allow_rnn=True)
+    with config, mock.patch.object(SideEffects, "codegen_update_mutated", spy):
+        return _dynamo_graph_capture_for_export(module)(*args, **kwargs), list(found)
+
+
+def _assignments(effects: SideEffects) -> Iterator[Assignment]:
+    """What Dynamo noted as changed on the traced module, its submodules, and the lists, dicts and other objects in them."""
+    for variable in effects._get_modified_vars():
+        source = getattr(getattr(variable, "source", None), "name", "")
+        if not source.startswith("L['self']"):
+            continue
+        frames = [f for stack in effects.mutation_user_stacks.get(variable, ()) for f in stack]
+        own = [f for f in frames if f"{os.sep}torch{os.sep}" not in f.filename]
+        where = f"{own[-1].filename}:{own[-1].lineno}" if own else "an unknown line"
+        _, *path = re.findall(r"_modules(?:'\])?\['([^']+)'\]", source)  # the first is Dynamo's name for the module itself
+        rest = source.rpartition("]")[2].lstrip(".")
+        if rest == "_buffers":
+            items = {key.vt.as_python_constant(): value for key, value in variable.items.items()}
+            names = [name for name, value in items.items() if not _is_written_in_place(value)]
+        else:
+            names = [f"{rest}.{name}".lstrip(".") for name in effects.store_attr_mutations.get(variable, {})] or [rest]
+        for name in names:
+            yield Assignment(".".join(path), name, rest == "_buffers", where)
+
+
+def _is_written_in_place(value: Any) -> bool:
+    """Whether the tensor that a buffer's name ends up with is still the buffer (`self.steps += 1` assigns it to itself)."""
+    node = value.as_proxy().node if value.is_tensor() else None
+    if node is None:
+        return True
+    before = (n.meta.get("example_value") for n in node.graph.nodes if n.op in ("placeholder", "get_attr"))
+    return any(node.meta.get("example_value") is tensor for tensor in before)
 
 
 def _register_cache_outputs() -> None:

@@ -277,7 +277,7 @@ class _Outer:
     def _outputs(self, last: fx.Node, results: tuple) -> Any:
         leaves = dict(self.captured.fixed_outputs)
         for position, (leaf, _, _) in enumerate(results):
-            leaves[leaf] = self.graph.call_function(operator.getitem, (last, position))
+            leaves[leaf] = self.graph.create_node("call_function", operator.getitem, (last, position), name=f"output_{leaf}")
         ordered = [leaves[i] for i in range(self.captured.out_spec.num_leaves)]
         if _is_plain(self.captured.out_spec):
             return pytree.tree_unflatten(ordered, self.captured.out_spec)

@@ -41,7 +41,9 @@ class Pool:
         worthwhile = len(runs) > 1 and min(estimate_s, deadline - time.monotonic()) > WORTHWHILE_S
         away = list(runs[1::2]) if (worthwhile and _cores() > 1 and self._start()) else []
         returned: list[Incumbent] = []
-        thread = threading.Thread(target=self._ask, args=(away, deadline, returned), daemon=True)
+        # Pickled before anything runs here: runs share what they remember of the problem, and that grows.
+        question = pickle.dumps((away, deadline - time.monotonic())) if away else b""
+        thread = threading.Thread(target=self._ask, args=(question, returned), daemon=True)
         if away:
             thread.start()
         here = [anneal(run, deadline, progress) for run in (runs[::2] if away else runs)]
@@ -79,9 +81,9 @@ class Pool:
                 return False
         return True
 
-    def _ask(self, runs: list[Run], deadline: float, returned: list[Incumbent]) -> None:
+    def _ask(self, question: bytes, returned: list[Incumbent]) -> None:
         try:
-            pickle.dump((runs, deadline - time.monotonic()), self.process.stdin)
+            self.process.stdin.write(question)
             self.process.stdin.flush()
             returned += pickle.load(self.process.stdout)
         except (OSError, EOFError, pickle.PickleError, ValueError):
