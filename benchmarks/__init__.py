@@ -1,0 +1,1 @@
+"""What fxmem is measured with: `python -m benchmarks.step`."""

@@ -1,0 +1,106 @@
+"""The results as people read them: lines of text, and tables of Markdown for the README and the documentation."""
+
+from __future__ import annotations
+
+from .results import Results, Row
+
+COLUMNS = (
+    ("model", 13), ("method", 25), ("setting", 18), ("budget", 9), ("predicted", 10), ("measured", 9), ("above", 9), ("predicted", 10),
+    ("measured", 9), ("seconds", 8), ("plan s", 7), ("gradients", 10), ("bitwise", 24),
+)  # fmt: skip
+GROUPS = f"{'':<56}{'peak, MB':>37}{'extra time, %':>19}"
+
+
+def header() -> str:
+    return GROUPS + "\n" + _aligned([title for title, _ in COLUMNS])
+
+
+def line(row: Row) -> str:
+    """One row of text. Peaks in MB, `above` without what was there before the step; gradients: the largest relative difference."""
+    if not row.is_ok:
+        return _aligned([row.model, row.method, row.setting]) + f"  {row.outcome}"
+    return _aligned([row.model, row.method, row.setting, *_numbers(row)])
+
+
+def text_table(results: Results, models: list[str]) -> str:
+    rows = [line(row) for row in results.rows if row.model in models]
+    return "\n".join([f"{results.device}, torch {results.torch}, {results.threads} threads", header(), *rows])
+
+
+def full_markdown(results: Results) -> str:
+    """All rows."""
+    titles = [title for title, _ in COLUMNS]
+    titles[4:9] = ["peak predicted, MB", "peak measured, MB", "above the state before, MB", "extra time predicted, %", "extra time measured, %"]
+    rows = [[r.model, r.method, r.setting, *(_numbers(r) if r.is_ok else [r.outcome, *[""] * (len(COLUMNS) - 4)])] for r in results.rows]
+    return _markdown(_caption(results), titles, rows)
+
+
+def readme_markdown(results: Results) -> str:
+    """One row a model: peaks in MB and extra time, planned and by PyTorch's own means."""
+    titles = ["model", "plain", "fxmem, 0.5", 'fxmem, "min"', "checkpoint per block", "fxmem at that peak", "least activation_memory_budget"]
+    return _markdown(_caption(results), titles, [_readme_row(results, model) for model in results.models])
+
+
+def _readme_row(results: Results, model: str) -> list[str]:
+    budgets = [r for r in results.rows if (r.model, r.method) == (model, "activation_memory_budget") and r.is_ok]
+    least = min(budgets, key=lambda r: r.peak_bytes, default=None)
+    cells = [
+        results.find(model, "fxmem", "0.5"),
+        results.find(model, "fxmem", "min"),
+        results.find(model, "checkpoint", "per block"),
+        results.find(model, "fxmem", "checkpoint's peak"),
+        least,
+    ]
+    plain = results.find(model, "plain")
+    return [model, _megabytes(plain.peak_bytes) if plain else "", *map(_cell, cells)]
+
+
+def _cell(row: Row | None) -> str:
+    """Peak and extra time; says so where the gradients are wrong by more than rounding."""
+    if row is None or not row.is_ok:
+        return "" if row is None else row.outcome.split(":")[0]
+    wrong = ", wrong gradients" if row.gradient_difference > 1e-2 else ""
+    return f"{_megabytes(row.peak_bytes)}, {_percent(row.overhead)} %{wrong}"
+
+
+def _caption(results: Results) -> str:
+    return f"{results.device}, PyTorch {results.torch}, {results.threads} threads:"
+
+
+def _markdown(caption: str, titles: list[str], rows: list[list[str]]) -> str:
+    lines = [f"| {' | '.join(cells)} |" for cells in (titles, ["---"] * len(titles), *rows)]
+    return "\n".join([caption, "", *lines])
+
+
+def _numbers(row: Row) -> list[str]:
+    return [
+        _megabytes(row.budget_bytes),
+        _megabytes(row.predicted_peak_bytes),
+        _megabytes(row.peak_bytes),
+        _megabytes(row.peak_bytes - row.before_bytes),
+        _percent(row.predicted_overhead),
+        _percent(row.overhead),
+        f"{row.time_s:.3f}",
+        "" if row.plan_time_s is None else f"{row.plan_time_s:.1f}",
+        f"{row.gradient_difference:.0e}" if row.gradient_difference else "0",
+        _bitwise(row),
+    ]
+
+
+def _bitwise(row: Row) -> str:
+    parts = {"outputs": row.equal_outputs, "gradients": row.equal_gradients, "buffers": row.equal_buffers}
+    differ = [name for name, equal in parts.items() if not equal]
+    return "equal" if not differ else f"other {', '.join(differ)}"
+
+
+def _megabytes(size_bytes: int | None) -> str:
+    return "" if size_bytes is None else f"{size_bytes / 1e6:.1f}"
+
+
+def _percent(fraction: float | None) -> str:
+    return "" if fraction is None else f"{100 * fraction:+.1f}"
+
+
+def _aligned(cells: list[str]) -> str:
+    texts = zip(cells, COLUMNS, strict=False)
+    return " ".join(f"{cell:<{width}}" if i < 3 or i == len(COLUMNS) - 1 else f"{cell:>{width}}" for i, (cell, (_, width)) in enumerate(texts)).rstrip()
