@@ -65,7 +65,7 @@ def dynamo_graph(module: nn.Module, args: tuple, kwargs: dict) -> tuple[fx.Graph
         found.update(dict.fromkeys(_assignments(effects)))
         codegen(effects, *spy_args, **spy_kwargs)
 
-    config = dynamo_config.patch(automatic_dynamic_shapes=False, assume_static_by_default=True, allow_rnn=True)
+    config = dynamo_config.patch(automatic_dynamic_shapes=False, assume_static_by_default=True)
     with config, mock.patch.object(SideEffects, "codegen_update_mutated", spy):
         return _dynamo_graph_capture_for_export(module)(*args, **kwargs), list(found)
 
@@ -73,7 +73,7 @@ def dynamo_graph(module: nn.Module, args: tuple, kwargs: dict) -> tuple[fx.Graph
 def _assignments(effects: SideEffects) -> Iterator[Assignment]:
     """What Dynamo noted as changed on the traced module, its submodules, and the lists, dicts and other objects in them."""
     for variable in effects._get_modified_vars():
-        source = getattr(getattr(variable, "source", None), "name", "")
+        source = _source_name(variable)
         if not source.startswith("L['self']"):
             continue
         frames = [f for stack in effects.mutation_user_stacks.get(variable, ()) for f in stack]
@@ -88,6 +88,14 @@ def _assignments(effects: SideEffects) -> Iterator[Assignment]:
             names = [f"{rest}.{name}".lstrip(".") for name in effects.store_attr_mutations.get(variable, {})] or [rest]
         for name in names:
             yield Assignment(".".join(path), name, rest == "_buffers", where)
+
+
+def _source_name(variable: Any) -> str:
+    """Where Dynamo found an object, as a Python expression; "" for what the traced code made."""
+    try:
+        return variable.source.name
+    except (AttributeError, NotImplementedError):
+        return ""
 
 
 def _is_written_in_place(value: Any) -> bool:

@@ -98,13 +98,24 @@ def _convolution_backward(call: OpCall) -> int:
     if x.dtype in LOW_PRECISION:
         partial += _bytes(x) + w_bytes
     if _channels_last(x) or _channels_last(grad):
-        return partial + 3 * w_bytes + sum(_bytes(t) for t in (x, grad) if not _channels_last(t))
+        converted = sum(_bytes(t) for t in (x, grad) if not _channels_last(t))
+        mixed = 2 * _bytes(grad) if converted else 0
+        return partial + 3 * w_bytes + converted + mixed + _blocks_of_each_group(w, call.args[9])
     grad_bytes, x_bytes = _blocked(grad, (1,)), _reordered_input(x, w)
     input_phase = max(grad_bytes + w_bytes, x_bytes) + x_bytes - call.new_output_bytes if call.args[10][0] else 0
     if call.args[10][0] and max(strides) > 1 and w.shape[1] > 1:
         input_phase = max(input_phase, 3 * x_bytes - call.new_output_bytes)
     weight_phase = grad_bytes + x_bytes + partial + _unit_stride_copy(x, w, strides, grad.shape[2:])
     return _contiguous_copies(call) + max(input_phase, weight_phase, w_bytes)
+
+
+def _blocks_of_each_group(w: torch.Tensor, groups: int) -> int:
+    """In channels-last, the weights of a grouped convolution are laid out with both channels of every group in whole blocks."""
+    if groups == 1:
+        return 0
+    out_channels, in_channels = w.shape[0] // groups, w.shape[1]
+    padded = math.prod(-(-n // CHANNEL_BLOCK) * CHANNEL_BLOCK for n in (out_channels, in_channels))
+    return groups * padded * math.prod(w.shape[2:]) * 4
 
 
 def _promotion(call: OpCall) -> int:
