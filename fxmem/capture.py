@@ -179,6 +179,7 @@ def _names(module: nn.Module) -> dict[int, str]:
 def _torch_level(module: nn.Module, args: tuple, kwargs: dict) -> tuple[fx.GraphModule, tuple, dict]:
     """One torch-level GraphModule to trace, ours to change, and the arguments to call it with."""
     if isinstance(module, fx.GraphModule):
+        _check_recurrent(module)
         own = fx.GraphModule(module, copy.deepcopy(module.graph))
         if kwargs and type(module.graph._codegen) is fx.graph.CodeGen:
             bound = inspect.signature(module.forward).bind(*args, **kwargs)
@@ -189,6 +190,17 @@ def _torch_level(module: nn.Module, args: tuple, kwargs: dict) -> tuple[fx.Graph
         traced, assignments = dynamo_graph(module, args, kwargs)
     _check_assignments(module, traced, assignments)
     return traced, args, kwargs
+
+
+def _check_recurrent(graph_module: fx.GraphModule) -> None:
+    """Refuse nn.LSTM and its kin: tracing takes their kernel apart, with other rounding and without dropout between layers."""
+    for node in graph_module.graph.nodes:
+        layer = graph_module.get_submodule(node.target) if node.op == "call_module" else None
+        if isinstance(layer, nn.RNNBase) or re.search(r"\b(lstm|gru|rnn_tanh|rnn_relu)\b", str(node.target)):
+            raise CaptureError(
+                f"{source_of(node)} is a recurrent layer, of which PyTorch's tracing loses the dropout between its layers and the fused "
+                "kernel: unroll it with nn.LSTMCell or nn.GRUCell, or transform the modules around it one by one"
+            )
 
 
 def _check_assignments(module: nn.Module, traced: fx.GraphModule, assignments: list[Assignment]) -> None:
@@ -333,6 +345,9 @@ def _assign_roles(joint: fx.GraphModule, traced: fx.GraphModule, names: dict[int
             joint.graph.erase_node(node)  # an argument that is no tensor: its value is part of the graph
         elif node.op == "placeholder":
             node.meta["fxmem_role"] = to_role(input_role(node.meta["desc"]), f"input {node.name!r} ({node.meta['desc']})")
+            if node.meta["fxmem_role"].kind == "tangent":  # traced as a view of an input where its output is one
+                with fake_mode_of(node.meta["val"]):
+                    node.meta["val"] = torch.empty_like(node.meta["val"])
         elif node.op == "get_attr":
             constants[node.name] = _lift_constant(joint, node)
     _merge_tied_inputs(joint.graph)
