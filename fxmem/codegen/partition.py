@@ -34,7 +34,7 @@ class RegionSpec:
         output leaves that it depends on).
     results: in the last region, for each tensor output of the model (leaf index, its name on the tape, whether the backward
         reads it too).
-    tangents: in the last region, for each incoming gradient (leaf index, the name that it gets on the tape).
+    tangents: in the last region, for each incoming gradient (leaf index, the name that it gets on the tape, strides).
     """
 
     name: str
@@ -44,7 +44,7 @@ class RegionSpec:
     saved: tuple[int, ...]
     gradients: tuple[tuple[int, str, bool, frozenset[int]], ...]
     results: tuple[tuple[int, str, bool], ...] = ()
-    tangents: tuple[tuple[int, str], ...] = ()
+    tangents: tuple[tuple[int, str, tuple[int, ...]], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class _Partition:
                 (arguments[role_of[r]], v.name, self.last_use[v] > backward_number, self.tangents[v]) for r, v in gradients
             ),
             results=tuple((leaf, v.name, self.last_use[v] > forward_number) for leaf, v in results),
-            tangents=self._tangent_names() if region == self.count - 1 else (),
+            tangents=self._tangents() if region == self.count - 1 else (),
         )
         return RegionGraphs(
             spec,
@@ -133,8 +133,9 @@ class _Partition:
     def _is_argument(self, node: fx.Node) -> bool:
         return node in self.roles and self.roles[node].kind != "tangent"
 
-    def _tangent_names(self) -> tuple[tuple[int, str], ...]:
-        return tuple((role.key, n.name) for n, role in self.roles.items() if role.kind == "tangent" and n in self.last_use)
+    def _tangents(self) -> tuple[tuple[int, str, tuple[int, ...]], ...]:
+        found = ((n, role) for n, role in self.roles.items() if role.kind == "tangent" and n in self.last_use)
+        return tuple((role.key, n.name, n.meta["val"].stride()) for n, role in found)
 
     def _source(self, node: fx.Node, arguments: dict[fx.Node, int]) -> tuple[str, int | str]:
         return ("argument", arguments[node]) if node in arguments else ("tape", node.name)

@@ -199,8 +199,17 @@ def _put_tangents(region: Region, tape: Tape, templates: list[tuple], gradients:
             f"output leaf {surprising[0]} got a gradient, but the step was planned for gradients of leaves {sorted(region.expected)} "
             'alone (a scalar loss among the outputs is taken for the start of the backward): transform with output_gradients="all"'
         )
-    names = dict(region.spec.tangents)
-    tape.absent |= {leaf for leaf in names if leaf not in given}
+    planned = {leaf: (name, stride) for leaf, name, stride in region.spec.tangents}
+    tape.absent |= {leaf for leaf in planned if leaf not in given}
     for leaf, shape, dtype, device in templates:
-        if leaf in names:
-            tape.values[names[leaf]] = given[leaf] if leaf in given else torch.zeros(shape, dtype=dtype, device=device)
+        if leaf in planned:
+            name, stride = planned[leaf]
+            tangent = given[leaf] if leaf in given else torch.zeros(shape, dtype=dtype, device=device)
+            tape.values[name] = _with_strides(tangent, stride)
+
+
+def _with_strides(tensor: torch.Tensor, stride: tuple[int, ...]) -> torch.Tensor:
+    """The tensor in the layout that the graphs were made for, since a view of any other may not exist."""
+    if all(size == 1 or a == b for size, a, b in zip(tensor.shape, tensor.stride(), stride, strict=True)):
+        return tensor
+    return torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
