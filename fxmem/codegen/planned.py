@@ -77,7 +77,7 @@ class Call:
         leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
         tensors = (*module.parameters(), *module.buffers())
         modes = tuple(m.training for m in module.modules())
-        state = tuple((t.shape, t.dtype, t.device, t.requires_grad) for t in tensors)
+        state = tuple(_leaf_key(t) for t in tensors)
         key = (repr(spec), tuple(_leaf_key(leaf) for leaf in leaves), modes, state)
         kinds = (k for k in ("cpu", "cuda") if torch.is_autocast_enabled(k))
         return Call(key, tuple((k, torch.get_autocast_dtype(k)) for k in kinds))
@@ -90,9 +90,16 @@ def _leaf_key(leaf: Any) -> Any:
 
 
 def canonical_call(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """The same arguments, those that can be positional so, whichever way the caller wrote them."""
+    """The same arguments, those that can be positional so, whichever way the caller wrote them, and without spelt out defaults."""
     bound = inspect.signature(module.forward).bind(*args, **kwargs)
+    for name, value in list(bound.arguments.items()):
+        if isinstance(value, (type(None), bool, int, float, str)) and _same(value, bound.signature.parameters[name].default):
+            del bound.arguments[name]
     return bound.args, bound.kwargs
+
+
+def _same(value: Any, default: Any) -> bool:
+    return type(value) is type(default) and value == default
 
 
 class PlannedModule(fx.GraphModule):
@@ -202,7 +209,7 @@ class _Plain(nn.Module):
         self.__dict__["source"] = source
 
     def forward(self, *args, **kwargs):
-        return self.source.forward(*args, **kwargs)
+        return self.source(*args, **kwargs)
 
 
 def _rebuild(state: dict[str, Any]) -> PlannedModule:
