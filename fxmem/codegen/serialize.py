@@ -26,6 +26,13 @@ class _Op:
     name: str
 
 
+@dataclass(frozen=True)
+class _TorchName:
+    """A memory format or a layout: torch's own pickling of them fails in the protocol that torch.save uses."""
+
+    name: str
+
+
 def graph_to_data(graph: fx.Graph) -> list[tuple]:
     """One tuple (op, name, target, args, kwargs, meta) for each node."""
     return [
@@ -50,6 +57,8 @@ def _encode(part: Any) -> Any:
         return _Node(part.name)
     if isinstance(part, torch._ops.OpOverload):
         return _Op(part.name() if part._overloadname != "default" else f"{part.name()}.default")
+    if isinstance(part, (torch.memory_format, torch.layout)):
+        return _TorchName(str(part).removeprefix("torch."))
     if isinstance(part, (tuple, list)):
         encoded = [_encode(p) for p in part]
         return tuple(encoded) if isinstance(part, tuple) else encoded
@@ -65,6 +74,8 @@ def _decode(part: Any, nodes: dict[str, fx.Node]) -> Any:
         return nodes[part.name]
     if isinstance(part, _Op):
         return _operator(part.name)
+    if isinstance(part, _TorchName):
+        return getattr(torch, part.name)
     if isinstance(part, (tuple, list)):
         decoded = [_decode(p, nodes) for p in part]
         return tuple(decoded) if isinstance(part, tuple) else decoded
