@@ -3,6 +3,7 @@
 import re
 
 import pytest
+
 from benchmarks.report import BEGIN, END, PAGES, ROOT, stored, with_tables
 
 README = (ROOT / "README.md").read_text()

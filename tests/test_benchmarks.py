@@ -1,0 +1,61 @@
+"""The benchmark on a model of a few kilobytes: all methods make their rows, which are stored, replaced and shown."""
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import results, step, tables
+from benchmarks.compare import difference, step_result
+from benchmarks.models import MODELS, Example
+from benchmarks.peers import checkpointed
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.norm, self.dropout = nn.Linear(64, 64), nn.BatchNorm1d(64), nn.Dropout(0.1)
+
+    def forward(self, x):
+        return x + self.dropout(torch.relu(self.norm(self.linear(x))))
+
+
+def tiny(batch: int = 256) -> Example:
+    return Example(nn.Sequential(*(Block() for _ in range(4))), (torch.randn(batch, 64),), blocks=("Block",))
+
+
+@pytest.fixture
+def rows(monkeypatch, tmp_path):
+    """The stored rows of a run over the tiny model, by method and setting."""
+    monkeypatch.setitem(MODELS, "tiny", tiny)
+    monkeypatch.setattr(results, "FOLDER", tmp_path)
+    options = step.Options("cpu", "roofline", repeats=1, time_limit_s=1.0, batch=None)
+    step.run_model("tiny", ["None"], False, options)
+    step.run_model("tiny", ["None", "min", "1000"], True, options)  # replaces the rows that are there
+    return {(row.method, row.setting): row for row in results.load(results.path_of("cpu")).rows}
+
+
+def test_rows(rows):
+    plain, free, least = rows["plain", ""], rows["fxmem", "None"], rows["fxmem", "min"]
+    assert all(row.equal_outputs and row.equal_gradients and row.equal_buffers for row in (plain, free, least))
+    assert least.peak_bytes <= least.budget_bytes < free.peak_bytes <= plain.peak_bytes
+    assert least.predicted_overhead > 0 == free.predicted_overhead
+    assert rows["fxmem", "1000"].outcome.startswith("infeasible: the least peak is")
+    peer = rows["checkpoint", "per block"]
+    assert peer.equal_gradients and not peer.equal_buffers  # batch norm's statistics move twice
+    assert peer.before_bytes < peer.peak_bytes < plain.peak_bytes
+    assert {setting for method, setting in rows if method == "activation_memory_budget"} == {"1.0", "0.75", "0.5", "0.25", "0.0"}
+    assert rows["activation_memory_budget", "1.0"].is_ok
+    stored = results.load(results.path_of("cpu"))
+    assert len(stored.rows) == len(rows)
+    for text in (tables.text_table(stored, ["tiny"]), tables.full_markdown(stored), tables.readme_markdown(stored)):
+        assert text.count("tiny") >= 1
+
+
+def test_difference():
+    example = tiny(8)
+    plain = step_result(example.module, example)
+    assert difference(plain, step_result(example.module, example)).equal_gradients
+    assert difference(plain, step_result(checkpointed(example), example)).gradient == 0
+    other = step_result(example.module, example, seed=2)
+    apart = difference(plain, other)
+    assert apart.gradient > 0 and not apart.equal_outputs and apart.equal_buffers is False
