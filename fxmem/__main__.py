@@ -26,12 +26,12 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser(
         "demo",
         help="train a MobileNetV2 on real data, plain and planned side by side",
-        description="Trains a model of torchvision's on scikit-learn's digits twice from the same start, as it is and planned by fxmem, "
-        "and prints the peaks of memory, predicted and measured, the times, and whether the losses are equal to the last bit.",
+        description="Trains a model of torchvision's on scikit-learn's digits twice from the same start, as it is and planned "
+        "by fxmem, and prints the peaks, predicted and measured, the times, and whether the losses are equal bit for bit.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     demo.add_argument("--model", default="mobilenet_v2", help="a classifier by its name in torchvision.models")
-    demo.add_argument("--budget", default="0.4", help='peak memory: a fraction of the plain one, "300MiB", bytes, "min" or "none"')
+    demo.add_argument("--budget", default="0.4", help="peak: a fraction of the plain one, bytes, 300MiB, min or none")
     demo.add_argument("--steps", type=_positive, default=16, help="training steps of each")
     demo.add_argument("--batch", type=_positive, default=32, help="images in a step")
     demo.add_argument("--device", default="cpu", help="where to train: cpu or cuda")

@@ -66,7 +66,8 @@ def run(name: str, budget: int | float | str | None, steps: int, batch: int, dev
     torch.backends.cudnn.deterministic = True  # so that two runs of the plain model agree on CUDA as well
     plain = _model(name).to(device)
     batches = list(_batches(steps, batch, device))
-    console.print(f"{type(plain).__name__} ({name}) learns scikit-learn's digits: {steps} steps of {batch} images, {SIDE} x {SIDE}, on {_place(device)}")
+    console.print(f"{type(plain).__name__} ({name}) learns scikit-learn's digits on {_place(device)}")
+    console.print(f"{steps} steps of {batch} images, {SIDE} x {SIDE}")
     columns = TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         planning = progress.add_task("planning", total=None)
@@ -91,7 +92,9 @@ def _model(name: str) -> nn.Module:
     known = models.list_models(module=models)
     if name not in known:
         close = difflib.get_close_matches(name, known, n=5, cutoff=0.4)
-        raise FxmemError(f"torchvision has no classifier named {name!r}; close: {', '.join(close)}; all: torchvision.models.list_models()")
+        raise FxmemError(
+            f"torchvision has no classifier named {name!r}; close: {', '.join(close)}; all: torchvision.models.list_models()"
+        )
     return models.get_model(name, num_classes=10)
 
 
@@ -142,4 +145,4 @@ def _equality(runs: tuple[Run, Run]) -> str:
     if torch.equal(*losses) and not differ:
         return f"All {len(plain.losses)} losses, and all {len(states[0])} parameters and buffers after them, are bitwise equal."
     largest = (losses[0] - losses[1]).abs().max()
-    return f"Not bitwise equal: losses differ by up to {largest:.3g}; {len(differ)} of {len(states[0])} parameters and buffers differ."
+    return f"Not bitwise equal: losses differ by up to {largest:.3g}, as do {len(differ)} parameters and buffers."

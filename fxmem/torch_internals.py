@@ -22,6 +22,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch._prims_common
 import torch.utils._pytree as pytree
 from torch import fx, nn
 from torch._dynamo import config as dynamo_config
@@ -226,3 +227,8 @@ def spec_from_data(data: tuple | None) -> Any:
         return pytree.tree_structure(0)
     kind, context, children = data
     return pytree.TreeSpec(kind, context, [spec_from_data(child) for child in children])
+
+
+def suggested_format(tensor: torch.Tensor) -> torch.memory_format:
+    """The memory format that PyTorch's own kernels read off the tensor's strides."""
+    return torch._prims_common.suggest_memory_format(tensor)

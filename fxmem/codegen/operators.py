@@ -6,7 +6,9 @@ from collections.abc import Callable
 
 import torch
 
-__all__ = ["dropout_apply", "replay", "rng_state"]
+from ..torch_internals import suggested_format
+
+__all__ = ["dropout_apply", "in_kernel_format", "replay", "rng_state"]
 
 
 _library = torch.library.Library("fxmem", "FRAGMENT")
@@ -22,6 +24,15 @@ def _dropout_apply(value: torch.Tensor, mask: torch.Tensor, scale: float) -> tor
 
 _library.impl("dropout_apply", _dropout_apply, "CompositeExplicitAutograd")
 dropout_apply = torch.ops.fxmem.dropout_apply.default
+
+
+@torch.fx.wrap
+def in_kernel_format(value: torch.Tensor) -> torch.Tensor:
+    """`value`, made contiguous where it is not so in the format that its strides suggest, as `torch.group_norm` does inside.
+
+    Strides of dimensions of size one mean nothing, but formats are read off them, and fake operators choose them differently.
+    """
+    return value if value.is_contiguous(memory_format=suggested_format(value)) else value.contiguous()
 
 
 @torch.fx.wrap

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from ..codegen.operators import dropout_apply
+from ..codegen.operators import dropout_apply, in_kernel_format
 from .base import Pass
 
 aten = torch.ops.aten
+GROUP_NORMS = (aten.native_group_norm.default, aten.native_group_norm_backward.default)
 
 
 class MatchEager(Pass):
@@ -16,13 +17,31 @@ class MatchEager(Pass):
     `native_dropout_backward` rounds differently in half precision (and copies the mask into the gradient's type).
 
     Batch norm's backward in training is handed the new running statistics, which it never reads: it is not handed them.
+    Group norm reads the memory format off the strides, also off those of dimensions of size one, which fake operators choose
+    differently: it checks again when it runs.
     """
 
     def apply(self, graph_module: fx.GraphModule) -> bool:
         norms = [n for n in graph_module.graph.nodes if n.target is aten.native_batch_norm_backward.default and n.args[7] is True]
         for node in norms:
             node.args = (*node.args[:3], None, None, *node.args[5:])
-        return self._same_dropout(graph_module) or bool(norms)
+        modified = self._same_dropout(graph_module) or bool(norms)
+        return self._same_formats(graph_module) or modified
+
+    def _same_formats(self, graph_module: fx.GraphModule) -> bool:
+        found = [
+            (node, value)
+            for node in graph_module.graph.nodes
+            if node.target in GROUP_NORMS
+            for value in node.all_input_nodes
+            if value.meta["val"].dim() > 2 and 1 in value.meta["val"].shape
+        ]
+        for node, value in found:
+            with graph_module.graph.inserting_before(node):
+                formatted = graph_module.graph.call_function(in_kernel_format, (value,))
+            formatted.meta = node.meta | {"val": value.meta["val"]}
+            node.replace_input_with(value, formatted)
+        return bool(found)
 
     def _same_dropout(self, graph_module: fx.GraphModule) -> bool:
         found = [
