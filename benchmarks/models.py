@@ -44,7 +44,8 @@ def hf_resnet50(batch: int = 8, size: int = 224) -> Example:
     load_torchvision()
     from transformers import ResNetConfig, ResNetForImageClassification
 
-    return Example(ResNetForImageClassification(ResNetConfig()).train(), (_images(batch, size),), blocks=("ResNetBottleNeckLayer",))
+    module = ResNetForImageClassification(ResNetConfig()).train()
+    return Example(module, (_images(batch, size),), blocks=("ResNetBottleNeckLayer",))
 
 
 def gpt2(batch: int = 2, length: int = 512, layers: int = 12) -> Example:
@@ -77,7 +78,8 @@ def resnet50(batch: int = 8, size: int = 224) -> Example:
 
 def googlenet(batch: int = 8, size: int = 224) -> Example:
     """With its two auxiliary classifiers: three outputs in a named tuple."""
-    return Example(_torchvision("googlenet", aux_logits=True, init_weights=True), (_images(batch, size),), blocks=("Inception",))
+    module = _torchvision("googlenet", aux_logits=True, init_weights=True)
+    return Example(module, (_images(batch, size),), blocks=("Inception",))
 
 
 def vgg16(batch: int = 8, size: int = 224) -> Example:

@@ -36,7 +36,7 @@ def checkpointed(example: Example) -> nn.Module:
 
 @contextlib.contextmanager
 def activation_memory_budget(example: Example, fraction: float) -> Iterator[nn.Module]:
-    """The module compiled by AOTAutograd alone (aot_eager), its partitioner told to save that fraction; compiled when first called."""
+    """The module compiled by aot_eager, its partitioner told to save that fraction; compiled when it is first called."""
     torch._dynamo.reset()
     with functorch_config.patch(activation_memory_budget=fraction):
         yield torch.compile(example.module, backend="aot_eager")

@@ -1,4 +1,4 @@
-"""Results of `benchmarks.step` on disk: one JSON file a device, rows replaced one by one, so that a run can be done in parts."""
+"""Results of `benchmarks.step` on disk: one JSON file a device, rows replaced one by one, so that a run can have parts."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Peak memory and time of a training step, plain, planned by fxmem, and by PyTorch's own means: `python -m benchmarks.step --help`.
+"""Peak memory and time of a training step: plain, planned by fxmem, and by PyTorch's own means.
 
-Predicted peaks and times stand beside measured ones. Times are paired: in one process, the plain module and the other one in turns,
-the median of the ratios. Each model has a process of its own, in which operators are timed once.
+Predicted peaks and times stand beside measured ones. Times are paired: in one process, the plain module and the other one
+in turns, the median of the ratios. Each model has a process of its own, in which operators are timed once.
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ class Bench:
                 budget=budget, cost=self.options.cost, time_limit_s=self.options.time_limit_s,
             )  # fmt: skip
         except fxmem.InfeasibleBudgetError as error:
-            return replace(row, outcome=f"infeasible: the least peak is {error.min_budget_bytes:,} bytes", budget_bytes=error.budget_bytes)
+            outcome = f"infeasible: the least peak is {error.min_budget_bytes:,} bytes"
+            return replace(row, outcome=outcome, budget_bytes=error.budget_bytes)
         plan = planned.plan
         row = replace(
             row,
@@ -120,7 +121,7 @@ def run_model(name: str, budgets: list[str], with_peers: bool, options: Options)
         try:
             row = make()
         except Exception as error:  # a method that fails is a row that says how; the others go on
-            row = Row(name, method, setting, outcome=f"failed: {type(error).__name__}: {str(error).strip().splitlines()[0][:120]}")
+            row = Row(name, method, setting, outcome=f"failed: {type(error).__name__}: {' '.join(str(error).split())[:120]}")
         gc.collect()
         torch.cuda.empty_cache()
         results.save(row, options.device)
@@ -156,7 +157,9 @@ def main() -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="benchmarks.step", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.step", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--models", default=",".join(MODELS), help=f"comma-separated (all: {', '.join(MODELS)})")
     parser.add_argument("--budgets", default="None,0.75,0.5,min", help="comma-separated: fractions, bytes, sizes, min, None")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")

@@ -5,9 +5,10 @@ from __future__ import annotations
 from .results import Results, Row
 
 COLUMNS = (
-    ("model", 13), ("method", 25), ("setting", 18), ("budget", 9), ("predicted", 10), ("measured", 9), ("above", 9), ("predicted", 10),
-    ("measured", 9), ("seconds", 8), ("plan s", 7), ("gradients", 10), ("bitwise", 24),
+    ("model", 13), ("method", 25), ("setting", 18), ("budget", 9), ("predicted", 10), ("measured", 9), ("above", 9),
+    ("predicted", 10), ("measured", 9), ("seconds", 8), ("plan s", 7), ("gradients", 10), ("bitwise", 24),
 )  # fmt: skip
+TEXTS = ("model", "method", "setting", "bitwise")  # the columns that are no numbers
 GROUPS = f"{'':<56}{'peak, MB':>37}{'extra time, %':>19}"
 
 
@@ -16,7 +17,7 @@ def header() -> str:
 
 
 def line(row: Row) -> str:
-    """One row of text. Peaks in MB, `above` without what was there before the step; gradients: the largest relative difference."""
+    """One row of text. Peaks in MB, `above` without what was there before; gradients: the largest relative difference."""
     if not row.is_ok:
         return _aligned([row.model, row.method, row.setting]) + f"  {row.outcome}"
     return _aligned([row.model, row.method, row.setting, *_numbers(row)])
@@ -30,15 +31,30 @@ def text_table(results: Results, models: list[str]) -> str:
 def full_markdown(results: Results) -> str:
     """All rows."""
     titles = [title for title, _ in COLUMNS]
-    titles[4:9] = ["peak predicted, MB", "peak measured, MB", "above the state before, MB", "extra time predicted, %", "extra time measured, %"]
-    rows = [[r.model, r.method, r.setting, *(_numbers(r) if r.is_ok else [r.outcome, *[""] * (len(COLUMNS) - 4)])] for r in results.rows]
+    peaks = ["peak predicted, MB", "peak measured, MB", "above the state before, MB"]
+    titles[4:9] = [*peaks, "extra time predicted, %", "extra time measured, %"]
+    rows = [[*row.key, *(_numbers(row) if row.is_ok else _empty(row))] for row in results.rows]
     return _markdown(_caption(results), titles, rows)
 
 
 def readme_markdown(results: Results) -> str:
     """One row a model: peaks in MB and extra time, planned and by PyTorch's own means."""
-    titles = ["model", "plain", "fxmem, 0.5", 'fxmem, "min"', "checkpoint per block", "fxmem at that peak", "least activation_memory_budget"]
-    return _markdown(_caption(results), titles, [_readme_row(results, model) for model in results.models])
+    planned, peers = ["fxmem, 0.5", 'fxmem, "min"'], ["fxmem at that peak", "least activation_memory_budget"]
+    titles = ["model", "plain", *planned, "checkpoint per block", *peers]
+    table = _markdown(_caption(results), titles, [_readme_row(results, model) for model in results.models])
+    return f"{table}\n\n{_promises(results)}"
+
+
+def _promises(results: Results) -> str:
+    """What the planned rows say of budgets, predictions and equality."""
+    rows = [row for row in results.rows if row.method == "fxmem" and row.is_ok]
+    within = sum(row.budget_bytes is None or row.peak_bytes <= row.budget_bytes for row in rows)
+    equal = sum(bool(row.equal_outputs and row.equal_gradients and row.equal_buffers) for row in rows)
+    apart = max((abs(row.predicted_peak_bytes / row.peak_bytes - 1) for row in rows), default=0.0)
+    return (
+        f"Of {len(rows)} planned steps, {within} stay within their budget, and {equal} leave outputs, gradients and buffers "
+        f"bitwise equal to the plain module's; predicted and measured peaks differ by {100 * apart:.2f} % at most."
+    )
 
 
 def _readme_row(results: Results, model: str) -> list[str]:
@@ -87,6 +103,10 @@ def _numbers(row: Row) -> list[str]:
     ]
 
 
+def _empty(row: Row) -> list[str]:
+    return [row.outcome, *[""] * (len(COLUMNS) - 4)]
+
+
 def _bitwise(row: Row) -> str:
     parts = {"outputs": row.equal_outputs, "gradients": row.equal_gradients, "buffers": row.equal_buffers}
     differ = [name for name, equal in parts.items() if not equal]
@@ -102,5 +122,5 @@ def _percent(fraction: float | None) -> str:
 
 
 def _aligned(cells: list[str]) -> str:
-    texts = zip(cells, COLUMNS, strict=False)
-    return " ".join(f"{cell:<{width}}" if i < 3 or i == len(COLUMNS) - 1 else f"{cell:>{width}}" for i, (cell, (_, width)) in enumerate(texts)).rstrip()
+    columns = zip(cells, COLUMNS, strict=False)
+    return " ".join(f"{cell:{'<' if title in TEXTS else '>'}{width}}" for cell, (title, width) in columns).rstrip()

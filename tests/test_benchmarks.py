@@ -43,7 +43,13 @@ def test_rows(rows):
     peer = rows["checkpoint", "per block"]
     assert peer.equal_gradients and not peer.equal_buffers  # batch norm's statistics move twice
     assert peer.before_bytes < peer.peak_bytes < plain.peak_bytes
-    assert {setting for method, setting in rows if method == "activation_memory_budget"} == {"1.0", "0.75", "0.5", "0.25", "0.0"}
+    assert {setting for method, setting in rows if method == "activation_memory_budget"} == {
+        "1.0",
+        "0.75",
+        "0.5",
+        "0.25",
+        "0.0",
+    }
     assert rows["activation_memory_budget", "1.0"].is_ok
     stored = results.load(results.path_of("cpu"))
     assert len(stored.rows) == len(rows)

@@ -27,10 +27,14 @@ def test_tables_are_the_results(page):
 
 
 def test_ci_runs_the_test_command():
-    assert re.findall(r"^pip install .*python -m pytest.*$", README, re.MULTILINE) == ['pip install -e ".[test]" && python -m pytest']
+    assert re.findall(r"^pip install .*python -m pytest.*$", README, re.MULTILINE) == [
+        'pip install -e ".[test]" && python -m pytest'
+    ]
 
 
-@pytest.mark.parametrize("page", sorted(path.relative_to(ROOT).as_posix() for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"))))
+@pytest.mark.parametrize(
+    "page", sorted(path.relative_to(ROOT).as_posix() for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")))
+)
 def test_links_lead_somewhere(page):
     path = ROOT / page
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text()):
