@@ -64,7 +64,7 @@ def transform(
     options = dict(
         budget=budget, max_overhead=max_overhead, cost=cost, solver=solver, time_limit_s=time_limit_s, output_gradients=output_gradients
     )
-    args, kwargs = _example_call(module, example_inputs, example_kwargs)
+    module, args, kwargs = _example_call(module, example_inputs, example_kwargs)
     _warn_of_hooks(module)
     prepared = _prepare(module, args, kwargs, cost or _default_cost(module, args, kwargs), output_gradients)
     plan_ = _plan(prepared, wanted, solver, time_limit_s)
@@ -91,7 +91,7 @@ def plan(
     `cost="measured"`, which is `transform`'s default, times operators one by one. Otherwise as for `transform`.
     """
     wanted = parse_budget(budget, max_overhead)
-    args, kwargs = _example_call(module, example_inputs, example_kwargs)
+    module, args, kwargs = _example_call(module, example_inputs, example_kwargs)
     return _plan(_prepare(module, args, kwargs, cost, output_gradients), wanted, solver, time_limit_s)
 
 
@@ -106,7 +106,7 @@ def frontier(
     output_gradients: str | Sequence[int] | None = None,
 ) -> Frontier:
     """Up to `points` Plans from no recompute to the least reachable peak, from one capture. Otherwise as for `plan`."""
-    args, kwargs = _example_call(module, example_inputs, example_kwargs)
+    module, args, kwargs = _example_call(module, example_inputs, example_kwargs)
     prepared = _prepare(module, args, kwargs, cost, output_gradients)
     solutions = solve_frontier(prepared.lowered.problem, points, time_limit_s=time_limit_s)
     return Frontier(tuple(prepared.plan(solution, solution.timeline.peak_bytes) for solution in solutions))
@@ -173,8 +173,10 @@ def _workspace(operator: Any, args: tuple, kwargs: dict, result: Any) -> int:
     return workspace_bytes(OpCall(operator, args, kwargs, result))
 
 
-def _example_call(module: nn.Module, args: Sequence[Any] | None, kwargs: Mapping[str, Any] | None) -> tuple[tuple, dict]:
-    """The example call in the canonical form, whichever way it was written."""
+def _example_call(module: nn.Module, args: Sequence[Any] | None, kwargs: Mapping[str, Any] | None) -> tuple[nn.Module, tuple, dict]:
+    """The module to plan (of a planned one, what it was made from), and the example call in its canonical form."""
+    if isinstance(module, PlannedModule):
+        module = module.source
     if not isinstance(module, nn.Module):
         raise CaptureError(f"fxmem transforms torch.nn.Module objects; a {type(module).__name__} was given")
     if args is None and not kwargs:
@@ -182,7 +184,7 @@ def _example_call(module: nn.Module, args: Sequence[Any] | None, kwargs: Mapping
     if isinstance(args, torch.Tensor):
         raise CaptureError("example_inputs is a tensor; give a tuple of the module's arguments, as in example_inputs=(x,)")
     try:
-        return canonical_call(module, tuple(args or ()), kwargs or {})
+        return module, *canonical_call(module, tuple(args or ()), kwargs or {})
     except TypeError as error:
         raise CaptureError(f"the example inputs do not fit {type(module).__name__}.forward: {error}") from error
 

@@ -111,7 +111,7 @@ def _is_written_in_place(value: Any) -> bool:
 def _register_cache_outputs() -> None:
     """Transformers' key-value caches come out of most of its models but are no pytrees until its own export support says so."""
     if "transformers.cache_utils" in sys.modules:
-        with contextlib.suppress(ImportError):
+        with contextlib.suppress(ImportError, RuntimeError):  # RuntimeError: it imports a torchvision made for another torch
             from transformers.integrations.executorch import register_dynamic_cache_export_support
 
             register_dynamic_cache_export_support()

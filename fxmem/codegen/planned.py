@@ -123,6 +123,11 @@ class PlannedModule(fx.GraphModule):
         return self._plan
 
     @property
+    def source(self) -> nn.Module:
+        """The module that this one was made from."""
+        return self._source
+
+    @property
     def regions(self) -> RegionChain:
         """The chain of regions, in forward order."""
         return self._modules["fxmem_regions"]
