@@ -16,7 +16,7 @@ import inspect
 import logging
 import operator
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,34 +24,20 @@ import torch
 from torch import fx, nn
 
 from .errors import CaptureError
-from .graph_meta import source_of
+from .graph_meta import is_backward, source_of
+from .roles import assign_roles
 from .torch_internals import (
     Assignment,
     FakeTensor,
     FakeTensorMode,
     dynamo_graph,
-    input_role,
-    joint_graph,
-    output_role,
-    pytree,
     fake_mode_of,
+    joint_graph,
+    pytree,
     restore_rng,
 )
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Role:
-    """What a placeholder or output of the joint graph is to the user.
-
-    kind: "parameter", "buffer", "input", "tangent" (placeholders); "output", "output_only" (an output that gets no gradient),
-        "buffer_update", "gradient" (outputs).
-    key: the parameter's or buffer's name, or the index of the input or output leaf; of a gradient, the Role it is for.
-    """
-
-    kind: str
-    key: Any
 
 
 @dataclass(frozen=True)
@@ -90,13 +76,13 @@ def capture(module: nn.Module, args: tuple, kwargs: Mapping[str, Any], output_gr
     with restore_rng():
         module = _without_meta(module)
         args, kwargs = _fake_inputs(module, args, kwargs)
-        names = _names(module)
+        names, input_names = _names(module), _input_names(module, args, kwargs)
         in_spec = pytree.tree_structure((args, kwargs))
         graph_module, args, kwargs = _torch_level(module, args, kwargs)
         values = _output_values(graph_module, args, kwargs)
         differentiated, attached = _detach_outputs(graph_module, values, output_gradients)
         joint, out_spec = _aot(graph_module, args, kwargs)
-    constants, fixed_outputs = _assign_roles(joint, graph_module, names, differentiated)
+    constants, fixed_outputs = assign_roles(joint, graph_module, names, input_names, differentiated)
     return Capture(joint, in_spec, out_spec, differentiated, attached, constants, fixed_outputs, graph_module, (args, kwargs))
 
 
@@ -176,6 +162,14 @@ def _names(module: nn.Module) -> dict[int, str]:
     return {id(t): name for name, t in (*module.named_buffers(), *module.named_parameters())}
 
 
+def _input_names(module: nn.Module, args: tuple, kwargs: dict) -> list[str]:
+    """What the user calls each input leaf: "x", or "batch['image']"."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    positional = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    tops = [(positional[i] if i < len(positional) else f"argument {i}", value) for i, value in enumerate(args)]
+    return [name + pytree.keystr(path) for name, value in (*tops, *kwargs.items()) for path, _ in pytree.tree_leaves_with_path(value)]
+
+
 def _torch_level(module: nn.Module, args: tuple, kwargs: dict) -> tuple[fx.GraphModule, tuple, dict]:
     """One torch-level GraphModule to trace, ours to change, and the arguments to call it with."""
     if isinstance(module, fx.GraphModule):
@@ -196,7 +190,8 @@ def _check_recurrent(graph_module: fx.GraphModule) -> None:
     """Refuse nn.LSTM and its kin: tracing takes their kernel apart, with other rounding and without dropout between layers."""
     for node in graph_module.graph.nodes:
         layer = graph_module.get_submodule(node.target) if node.op == "call_module" else None
-        if isinstance(layer, nn.RNNBase) or re.search(r"\b(lstm|gru|rnn_tanh|rnn_relu)\b", str(node.target)):
+        called = str(node.target) if node.op == "call_function" else ""
+        if isinstance(layer, nn.RNNBase) or re.search(r"\b(lstm|gru|rnn_tanh|rnn_relu)\b", called):
             raise CaptureError(
                 f"{source_of(node)} is a recurrent layer, of which PyTorch's tracing loses the dropout between its layers and the fused "
                 "kernel: unroll it with nn.LSTMCell or nn.GRUCell, or transform the modules around it one by one"
@@ -233,6 +228,9 @@ def _attribute(module: nn.Module, name: str) -> Any:
 def _refusal(module: nn.Module, error: Exception) -> str:
     """What stood in the way of one graph, in the user's terms: the first lines of PyTorch's message and the user's own line."""
     text = str(error).strip() or type(error).__name__
+    failed = re.search(r"Dynamo failed to run FX node with fake tensors: (.*?)\(\*.*got \w+\((['\"])(.+?)\2\)", text)
+    if failed:
+        return f"{type(module).__name__} fails on tensors like the example inputs: {failed[3]} (in {failed[1]})"
     reason = " ".join(line.strip() for line in text.splitlines()[:4] if line.strip())
     own_frames = [f for f in re.findall(r'File "([^"]+)", line (\d+), in (\w+)', text) if "/torch/" not in f[0]]
     where = f" (at {own_frames[-1][0]}:{own_frames[-1][1]}, in {own_frames[-1][2]})" if own_frames else ""
@@ -240,7 +238,7 @@ def _refusal(module: nn.Module, error: Exception) -> str:
     if "unrecognized type UserDefinedObjectVariable" in text:
         hint = (
             "an output is an object that fxmem cannot look into: make the module return tensors in tuples, lists or dicts, "
-            "or register the type with torch.utils._pytree.register_pytree_node (for a key-value cache, pass use_cache=False)"
+            "or register its type (torch.export.register_dataclass; for a key-value cache, pass use_cache=False instead)"
         )
     return f"{type(module).__name__} cannot be captured as one graph{where}: {reason}. {hint}."
 
@@ -307,7 +305,9 @@ def _aot(graph_module: fx.GraphModule, args: tuple, kwargs: dict) -> tuple[fx.Gr
         node.replace_all_uses_with(node.args[0])  # autograd's business, and there is none in this graph
         joint.graph.erase_node(node)
     for node in joint.graph.nodes:
-        if node.meta.get("partitioner_tag") == "is_backward":
+        # The backward of a user's own autograd Function carries no tag: what needs an incoming gradient is of the backward.
+        tagged = node.meta.get("partitioner_tag") == "is_backward"
+        if node.op != "output" and (tagged or any(is_backward(n) for n in node.all_input_nodes)):
             node.meta["fxmem_backward"] = True
     return joint, out_spec
 
@@ -321,109 +321,3 @@ def _refusing(module: nn.Module) -> Iterator[None]:
         raise
     except Exception as error:
         raise CaptureError(_refusal(module, error)) from error
-
-
-def _assign_roles(joint: fx.GraphModule, traced: fx.GraphModule, names: dict[int, str], differentiated: tuple[int, ...]) -> tuple[dict, dict]:
-    """Mark placeholders and outputs with their Role; returns the capture's constants and fixed outputs."""
-    constants: dict[str, torch.Tensor] = {}
-    tensors = dict((*traced.named_parameters(remove_duplicate=False), *traced.named_buffers(remove_duplicate=False)))
-
-    def named(kind: str, key: str) -> Role:
-        if id(tensors[key]) in names:
-            return Role(kind, names[id(tensors[key])])
-        constants.setdefault(name := f"constant_{key}".replace(".", "_"), tensors[key])
-        return Role("buffer", name)
-
-    def to_role(found: tuple[str, Any] | None, what: str) -> Role:
-        if found is None:
-            raise CaptureError(f"{what} of the joint graph is of a kind that fxmem does not know; please report the model")
-        kind, key = found
-        return named(kind, key) if kind in ("parameter", "buffer") else Role(kind, key)
-
-    for node in joint.graph.nodes:
-        if node.op == "placeholder" and not node.users and "val" not in node.meta:
-            joint.graph.erase_node(node)  # an argument that is no tensor: its value is part of the graph
-        elif node.op == "placeholder":
-            node.meta["fxmem_role"] = to_role(input_role(node.meta["desc"]), f"input {node.name!r} ({node.meta['desc']})")
-            if node.meta["fxmem_role"].kind == "tangent":  # traced as a view of an input where its output is one
-                with fake_mode_of(node.meta["val"]):
-                    node.meta["val"] = torch.empty_like(node.meta["val"])
-        elif node.op == "get_attr":
-            constants[node.name] = _lift_constant(joint, node)
-    _merge_tied_inputs(joint.graph)
-    output = joint.graph.output_node()
-    roles, values, fixed = [], [], {}
-    for value, desc in zip(pytree.tree_leaves(output.args, is_leaf=lambda v: v is None), output.meta["desc"], strict=True):
-        if desc is None:
-            continue
-        kind, key = output_role(desc) or (None, None)
-        if kind == "mutation":
-            role = _buffer_update(to_role(key, "a mutated input"), value)
-        elif kind == "gradient":
-            role = Role("gradient", to_role(key, "an input with a gradient"))
-        else:
-            role = to_role((kind, key) if kind else None, f"output {desc}")
-            role = role if role.key in differentiated else Role("output_only", role.key)
-        if not isinstance(value, fx.Node):
-            fixed |= {role.key: value} if role.kind.startswith("output") else {}
-        else:
-            roles.append(role)
-            values.append(value)
-    results = _sum_tied_gradients(zip(roles, values, strict=True))
-    output.args = (tuple(results.values()),)
-    output.meta["fxmem_roles"] = tuple(results)
-    joint.graph.eliminate_dead_code()
-    joint.recompile()
-    return constants, fixed
-
-
-def _merge_tied_inputs(graph: fx.Graph) -> None:
-    """One placeholder for each parameter: a GraphModule's tied weights are traced once for every name that they have."""
-    first: dict[Role, fx.Node] = {}
-    for node in [n for n in graph.nodes if n.op == "placeholder"]:
-        kept = first.setdefault(node.meta["fxmem_role"], node)
-        if kept is not node:
-            node.replace_all_uses_with(kept)
-            graph.erase_node(node)
-
-
-def _sum_tied_gradients(results: Iterable[tuple[Role, fx.Node]]) -> dict[Role, fx.Node]:
-    """One gradient for each parameter: those of a tied one are added as they are made, which is how autograd does it."""
-    found: dict[Role, list[fx.Node]] = {}
-    for role, value in results:
-        found.setdefault(role, []).append(value)
-    sums = {}
-    for role, parts in found.items():
-        total, *others = sorted(parts)
-        for part in others:
-            with part.graph.inserting_after(part):
-                total = part.graph.call_function(torch.ops.aten.add.Tensor, (total, part))
-            total.meta = dict(part.meta)
-        sums[role] = total
-    return sums
-
-
-def _buffer_update(source: Role, value: fx.Node) -> Role:
-    if source.kind != "buffer":
-        raise CaptureError(
-            f"{source.kind} {source.key!r} is changed in place by the module ({source_of(value)}): a planned module may only "
-            "change buffers; work on a clone of it instead"
-        )
-    return Role("buffer_update", source.key)
-
-
-def _lift_constant(joint: fx.GraphModule, node: fx.Node) -> torch.Tensor:
-    """Make a tensor that tracing put on the graph module (a literal in the user's code) an input of the joint graph."""
-    value = getattr(joint, node.target, None)
-    if not isinstance(value, torch.Tensor):
-        raise CaptureError(
-            f"{source_of(next(iter(node.users)))} is a higher-order operator (it runs a graph of its own), which fxmem cannot plan yet: "
-            "keep it outside of the transformed module"
-        )
-    first = next(iter(joint.graph.nodes))
-    with joint.graph.inserting_before(first):
-        placeholder = joint.graph.placeholder(node.name)
-    placeholder.meta.update(node.meta, val=value, fxmem_role=Role("buffer", node.name))
-    node.replace_all_uses_with(placeholder)
-    joint.graph.erase_node(node)
-    return value

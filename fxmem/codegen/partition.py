@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from ..capture import Role
+from ..roles import Role
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from ..capture import Capture, Role
+from ..capture import Capture
+from ..roles import Role
 from ..torch_internals import is_being_traced, pytree, spec_children, spec_from_data, spec_to_data
 from .partition import RegionGraphs
 from .runtime import Region
