@@ -18,7 +18,7 @@ from .capture import Capture, capture, example_inputs_of
 from .codegen.partition import partition
 from .codegen.planned import PlannedModule, assemble, canonical_call
 from .cost import CostModel, OpCall, cost_model, workspace_bytes
-from .errors import CaptureError
+from .errors import BudgetError, CaptureError
 from .lowering import Lowered, lower
 from .passes import Costs, Liveness, MarkRegions, MatchEager, NameNodes, Rematerialize, ShapeProp, UpdateBuffers
 from .plans import Frontier, Plan
@@ -37,7 +37,7 @@ def transform(
     example_inputs: Sequence[Any] | None = None,
     example_kwargs: Mapping[str, Any] | None = None,
     *,
-    budget: int | float | str | None = None,
+    budget: float | str | None = None,
     max_overhead: float | None = None,
     cost: str | CostModel | None = None,
     solver: str = "auto",
@@ -78,7 +78,7 @@ def plan(
     example_inputs: Sequence[Any] | None = None,
     example_kwargs: Mapping[str, Any] | None = None,
     *,
-    budget: int | float | str | None = None,
+    budget: float | str | None = None,
     max_overhead: float | None = None,
     cost: str | CostModel = "roofline",
     solver: str = "auto",
@@ -106,6 +106,8 @@ def frontier(
     output_gradients: str | Sequence[int] | None = None,
 ) -> Frontier:
     """Up to `points` Plans from no recompute to the least reachable peak, from one capture. Otherwise as for `plan`."""
+    if points < 1:
+        raise BudgetError(f"points={points!r} was given; a frontier has one point or more")
     module, args, kwargs = _example_call(module, example_inputs, example_kwargs)
     prepared = _prepare(module, args, kwargs, cost, output_gradients)
     solutions = solve_frontier(prepared.lowered.problem, points, time_limit_s=time_limit_s)
