@@ -92,7 +92,7 @@ def mobilenet_v2(batch: int = 8, size: int = 224) -> Example:
 
 
 def densenet121(batch: int = 8, size: int = 224) -> Example:
-    return Example(_torchvision("densenet121"), (_images(batch, size),), blocks=("_DenseLayer",))
+    return Example(_torchvision("densenet121"), (_images(batch, size),))
 
 
 def vit_b_16(batch: int = 8, size: int = 224) -> Example:

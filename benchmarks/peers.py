@@ -23,8 +23,11 @@ def checkpointed(example: Example) -> nn.Module:
     module = copy.deepcopy(example.module)
     if getattr(module, "supports_gradient_checkpointing", False):  # transformers
         module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    elif not example.blocks:  # diffusers
+    elif hasattr(module, "enable_gradient_checkpointing"):  # diffusers
         module.enable_gradient_checkpointing()
+    elif layers := [m for m in module.modules() if hasattr(m, "memory_efficient")]:  # torchvision's DenseNet
+        for layer in layers:
+            layer.memory_efficient = True
     elif example.blocks == ("Sequential",):
         whole = max((m for m in module.children() if isinstance(m, nn.Sequential)), key=len)
         whole.forward = functools.partial(checkpoint_sequential, nn.Sequential(*whole), SEGMENTS, use_reentrant=False)

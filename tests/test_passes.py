@@ -1,0 +1,234 @@
+"""Each pass alone, in a PassManager, and beside other people's passes."""
+
+import pytest
+import torch
+from helpers.models import ConvNet, Counter, SharedNorm, Transformer
+from torch import fx, nn
+from torch.fx.passes.infra.pass_base import PassBase, PassResult
+from torch.fx.passes.infra.pass_manager import PassManager
+
+import fxmem
+from fxmem.capture import capture
+from fxmem.cost import cost_model
+from fxmem.passes import Costs, Liveness, MarkRegions, MatchEager, NameNodes, Rematerialize, ShapeProp, UpdateBuffers
+from fxmem.torch_internals import FakeTensorMode
+
+aten = torch.ops.aten
+KB4 = 4 * 1024
+
+
+def roofline():
+    return cost_model("roofline", torch.device("cpu"))
+
+
+def joint(module=None, args=None):
+    args = (torch.randn(2, 3, 8, 8),) if args is None else args
+    return capture(module or ConvNet(), args, {}).joint
+
+
+def hand_made():
+    """x -> exp -> view -> exp -> out, with a use of the first exp at the end; 1024 floats each."""
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    a = graph.call_function(aten.exp.default, (x,), name="a")
+    v = graph.call_function(aten.view.default, (a, [32, 32]), name="v")
+    b = graph.call_function(aten.exp.default, (v,), name="b")
+    c = graph.call_function(aten.tanh.default, (b,), name="c")
+    d = graph.call_function(aten.add.Tensor, (c, v), name="d")
+    graph.output((d,))
+    return fx.GraphModule(nn.Module(), graph)
+
+
+def named(graph_module):
+    return {n.name: n for n in graph_module.graph.nodes}
+
+
+def test_shape_prop_finds_storages_through_views():
+    module = hand_made()
+    result = ShapeProp((torch.empty(1024),))(module)
+    nodes = named(module)
+    assert result.modified is False and result.graph_module is module
+    assert nodes["v"].meta["fxmem_storages"] == nodes["a"].meta["fxmem_storages"] == (1,)
+    assert [info.size_bytes for info in module.meta["fxmem_storages"]] == [KB4] * 5
+    assert nodes["v"].meta["val"].shape == (32, 32)
+
+
+@pytest.mark.parametrize(("alignment", "size"), [(1, 40), (512, 512)])
+def test_shape_prop_rounds_as_the_allocator_does(alignment, size):
+    module = hand_made()
+    module.graph.erase_node(module.graph.output_node())
+    for node in reversed(list(module.graph.nodes)[2:]):
+        module.graph.erase_node(node)
+    module.graph.output((named(module)["a"],))
+    ShapeProp((torch.empty(10),), alignment_bytes=alignment)(module)
+    assert [info.size_bytes for info in module.meta["fxmem_storages"]] == [size, size]
+
+
+def test_liveness():
+    module = hand_made()
+    PassManager(passes=[ShapeProp((torch.empty(1024),)), Liveness()])(module)
+    nodes = named(module)
+    assert {n: nodes[n].meta["fxmem_frees"] for n in "avbcd"} == {"a": (), "v": (), "b": (), "c": (2,), "d": (1, 3)}
+    assert [nodes[n].meta["fxmem_live_bytes"] // KB4 for n in "avbcd"] == [2, 2, 3, 4, 4]
+    assert module.meta["fxmem_peak_bytes"] == 4 * KB4
+
+
+@pytest.mark.parametrize("graph_pass", [Liveness(), MarkRegions(), Costs(roofline()), Rematerialize("min")], ids=lambda p: type(p).__name__)
+def test_a_pass_says_what_has_to_run_before_it(graph_pass):
+    with pytest.raises(fxmem.CaptureError, match="ShapeProp"):
+        graph_pass(hand_made())
+
+
+def test_update_buffers_needs_roles():
+    with pytest.raises(fxmem.CaptureError, match="roles"):
+        UpdateBuffers()(hand_made())
+
+
+def test_costs():
+    module = hand_made()
+    ShapeProp((torch.empty(1024),))(module)
+    assert Costs(roofline())(module).modified is False
+    nodes = named(module)
+    assert nodes["v"].meta["fxmem_time_s"] == 0 < nodes["a"].meta["fxmem_time_s"]
+    assert all(nodes[n].meta["fxmem_workspace_bytes"] == 0 for n in "avbcd")
+
+
+class NoStats(fxmem.CostModel):
+    """A node more expensive than any budget of time."""
+
+    name = "from the test"
+
+    def cost(self, node):
+        return fxmem.OpCost(float("nan") if node.name == "b" else 1.0, 0)
+
+
+def test_costs_name_the_node_that_has_none():
+    module = hand_made()
+    ShapeProp((torch.empty(1024),))(module)
+    with pytest.raises(fxmem.CostError, match="'b'"):
+        Costs(NoStats())(module)
+
+
+def test_match_eager_rewrites_dropout_and_batch_norm():
+    graph_module = joint()
+    result = MatchEager()(graph_module)
+    targets = [n.target for n in graph_module.graph.nodes]
+    assert result.modified and aten.native_dropout_backward.default not in targets
+    norms = [n for n in graph_module.graph.nodes if n.target is aten.native_batch_norm_backward.default]
+    assert norms and all(n.args[3:5] == (None, None) for n in norms)
+    assert MatchEager()(joint(nn.Linear(3, 3), (torch.randn(2, 3),))).modified is False
+
+
+def test_update_buffers_writes_where_a_buffer_changes():
+    graph_module = joint(SharedNorm(), (torch.randn(4, 8),))
+    before = [r.kind for r in graph_module.graph.output_node().meta["fxmem_roles"]]
+    assert UpdateBuffers()(graph_module).modified
+    output = graph_module.graph.output_node()
+    assert "buffer_update" in before and "buffer_update" not in [r.kind for r in output.meta["fxmem_roles"]]
+    assert len(output.args[0]) == len(output.meta["fxmem_roles"]) == len(before) - before.count("buffer_update")
+    writes = [n for n in graph_module.graph.nodes if n.target is aten.copy_.default]
+    assert sorted(n.args[0].meta["fxmem_role"].key for n in writes) == ["norm.num_batches_tracked", "norm.running_mean", "norm.running_var"]
+    assert not any(n.meta.get("fxmem_backward") for n in writes)
+    assert UpdateBuffers()(graph_module).modified is False
+
+
+def test_update_buffers_keeps_an_old_value_that_is_read_later():
+    graph_module = joint(Counter(), (torch.randn(4, 8),))
+    UpdateBuffers()(graph_module)
+    graph_module.graph.lint()
+    position = {n: i for i, n in enumerate(graph_module.graph.nodes)}
+    for write in (n for n in graph_module.graph.nodes if n.target is aten.copy_.default):
+        late = [u for u in write.args[0].users if position[u] > position[write]]
+        assert late == []
+
+
+def test_names_say_module_and_operation():
+    graph_module = joint()
+    NameNodes()(graph_module)
+    names = [n.name for n in graph_module.graph.nodes]
+    assert {"stem_weight", "blocks_0_1_running_mean", "input_0", "grad_output_0", "stem_convolution", "blocks_0_1_batch_norm_mean"} <= set(names)
+    assert len(names) == len(set(names))
+
+
+def test_regions_are_contiguous_and_mirrored():
+    graph_module = joint(Transformer(layers=2), (torch.arange(12).view(2, 6),))
+    PassManager(passes=[ShapeProp(), MarkRegions()])(graph_module)
+    places = [(n.meta.get("fxmem_backward", False), n.meta["fxmem_region"]) for n in graph_module.graph.nodes if "fxmem_region" in n.meta]
+    forward, backward = ([r for b, r in places if b is part] for part in (False, True))
+    assert forward == sorted(forward) and backward == sorted(backward, reverse=True)
+    assert set(forward) == set(range(len(graph_module.meta["fxmem_regions"])))
+    assert all(name.isidentifier() for name in graph_module.meta["fxmem_regions"])
+
+
+def default_passes():
+    return [NameNodes(), MatchEager(), UpdateBuffers(), ShapeProp(), Liveness(), MarkRegions(), Costs(roofline())]
+
+
+def run(graph_module, seed=0):
+    """All results of a joint graph on the same random inputs."""
+    generator = torch.Generator().manual_seed(0)
+    values = [n.meta["val"] for n in graph_module.graph.nodes if n.op == "placeholder"]
+    inputs = [
+        torch.rand(v.shape, generator=generator) if v.is_floating_point() else torch.zeros(v.shape, dtype=v.dtype) for v in values
+    ]
+    torch.manual_seed(seed)
+    return graph_module(*inputs)
+
+
+@pytest.mark.parametrize("budget", [None, 0.8, "min"])
+def test_rematerialize_computes_the_same(budget):
+    graph_module = joint()
+    PassManager(passes=default_passes())(graph_module)
+    expected = run(graph_module)
+    result = Rematerialize(budget, time_limit_s=0.5)(graph_module)
+    assert result.modified
+    found = run(graph_module)
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+    recomputed = [n for n in graph_module.graph.nodes if "fxmem_recomputes" in n.meta]
+    assert bool(recomputed) == (budget is not None)
+    assert all(n.name.startswith(n.meta["fxmem_recomputes"]) for n in recomputed)
+    solution = graph_module.meta["fxmem_solution"]
+    assert budget is None or solution.timeline.peak_bytes < max(n.meta["fxmem_live_bytes"] for n in graph_module.graph.nodes if "fxmem_live_bytes" in n.meta)
+
+
+class Count(PassBase):
+    """Somebody else's pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def call(self, graph_module):
+        self.seen.append(len(graph_module.graph.nodes))
+        return PassResult(graph_module, False)
+
+
+class Rename(PassBase):
+    """Somebody else's pass, which makes every node anew."""
+
+    def call(self, graph_module):
+        graph, copies = fx.Graph(), {}
+        output = graph.graph_copy(graph_module.graph, copies)
+        copied = graph.output(output)
+        copied.meta = dict(graph_module.graph.output_node().meta)
+        graph_module.graph = graph
+        return PassResult(graph_module, True)
+
+
+def test_among_other_peoples_passes():
+    mine, theirs = joint(), joint()
+    PassManager(passes=[*default_passes(), Rematerialize("min", time_limit_s=0.5)])(mine)
+    count = Count()
+    passes = [count, Rename(), *default_passes()[:3], Rename(), count, *default_passes()[3:], Rematerialize("min", time_limit_s=0.5), count, Rename()]
+    PassManager(passes=passes)(theirs)
+    assert len(count.seen) == 3
+    assert mine.meta["fxmem_solution"].timeline.peak_bytes == theirs.meta["fxmem_solution"].timeline.peak_bytes
+    assert all(torch.equal(a, b) for a, b in zip(run(mine), run(theirs), strict=True))
+
+
+def test_passes_read_fake_values_of_others():
+    module = hand_made()
+    with FakeTensorMode() as mode:
+        fx.passes.fake_tensor_prop.FakeTensorProp(module, mode).propagate(torch.empty(1024))
+    ShapeProp()(module)
+    assert len(module.meta["fxmem_storages"]) == 5

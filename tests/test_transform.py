@@ -1,0 +1,368 @@
+"""A planned step leaves what the plain step leaves, bit for bit: outputs, gradients, buffers, random numbers."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers.models import (
+    Block, ConvNet, Counter, NestedInputs, Recurrent, Result, ReturnsDataclass, ReturnsDict, SharedNorm, Transformer, TwoHeads, UNet,
+)  # fmt: skip
+from helpers.steps import assert_drop_in, assert_same, assert_same_steps, each_device, messages, on, step, transform
+from torch import nn
+
+import fxmem
+from fxmem.torchvision_models import load_torchvision
+
+
+def images(batch=2):
+    return (torch.randn(batch, 3, 16, 16),)
+
+
+def ids():
+    return torch.randint(0, 50, (2, 12))
+
+
+def rows():
+    return (torch.randn(4, 8),)
+
+
+def nested():
+    return {"x": torch.randn(4, 8), "more": [torch.randn(8), None]}
+
+
+MODELS = {
+    "convolutions": (ConvNet, images, 0.75),
+    "transformer": (Transformer, lambda: (ids(),), 0.9),
+    "transformer with loss": (Transformer, lambda: (ids(), ids()), None),
+    "skips": (UNet, images, 1.0),
+    "recurrent": (Recurrent, lambda: (torch.randn(32, 3, 4),), 0.95),
+    "two heads": (TwoHeads, rows, None),
+    "dataclass output": (ReturnsDataclass, rows, None),
+    "nested output": (ReturnsDict, rows, None),
+    "buffers by hand": (Counter, rows, None),
+    "shared batch norm": (SharedNorm, rows, None),
+    "nested inputs": (NestedInputs, lambda: (nested(), 2.0, "mean"), None),
+}
+
+
+@each_device
+@pytest.mark.parametrize(
+    ("name", "budget"), [(n, b) for n, (_, _, fraction) in MODELS.items() for b in ("min", *([None, fraction] if fraction else []))]
+)
+def test_models(name, budget, device):
+    torch.manual_seed(0)
+    make, inputs, _ = MODELS[name]
+    assert_drop_in(on(device, make()), on(device, inputs()), budget=budget, output_gradients="all")
+
+
+class Apply(nn.Module):
+    """One function between two linear layers, whose value the backward needs."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function, self.first, self.last = function, nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.last(torch.tanh(self.function(torch.tanh(self.first(x)))))
+
+
+def attend(y, **options):
+    return F.scaled_dot_product_attention(y[None], y[None], y[None], **options)[0]
+
+
+RANDOM = {
+    "dropout": lambda y: F.dropout(y, 0.5),
+    "dropout in place": lambda y: F.dropout(y * 1, 0.5, inplace=True),
+    "dropout of channels": lambda y: F.dropout1d(y, 0.5),
+    "alpha dropout": lambda y: F.alpha_dropout(y, 0.5, True),
+    "rand_like": lambda y: y * torch.rand_like(y),
+    "bernoulli_": lambda y: y * torch.empty_like(y).bernoulli_(0.3),
+    "normal_": lambda y: y * torch.empty_like(y).normal_(),
+    "gumbel": lambda y: F.gumbel_softmax(y),
+    "rrelu": lambda y: F.rrelu(y, training=True),
+    "randperm": lambda y: y[..., torch.randperm(8)],
+    "attention with dropout": lambda y: attend(y, dropout_p=0.2),
+    "causal attention": lambda y: attend(y, is_causal=True),
+    "stochastic depth": lambda y: y + y * torch.empty(2, 1, 1).bernoulli_(0.5).div_(0.5),
+}
+
+
+@pytest.mark.parametrize("name", RANDOM)
+def test_random_operators_draw_the_plain_numbers(name):
+    torch.manual_seed(0)
+    assert_drop_in(Apply(RANDOM[name]), (torch.randn(2, 4, 8),))
+
+
+@each_device
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_dtypes(dtype, device):
+    torch.manual_seed(0)
+    assert_drop_in(on(device, Block(16, 4)).to(dtype), on(device, (torch.randn(2, 6, 16, dtype=dtype),)))
+
+
+def test_frozen_parameters_get_no_gradient():
+    model = TwoHeads()
+    model.body.weight.requires_grad_(False)
+    model.second.requires_grad_(False)
+    planned = assert_drop_in(model, rows())
+    assert [n for n, p in planned.named_parameters() if p.grad is None] == ["body.weight", "second.weight", "second.bias"]
+
+
+@each_device
+@pytest.mark.parametrize("frozen", [False, True])
+def test_inputs_that_need_gradients(frozen, device):
+    model = on(device, ConvNet()).requires_grad_(not frozen)
+    assert_drop_in(model, on(device, (torch.randn(2, 3, 16, 16, requires_grad=True),)))
+
+
+@pytest.mark.parametrize("used", [0, 1])
+def test_an_unused_output_gives_its_parameters_no_gradient(used):
+    planned = assert_drop_in(TwoHeads(), rows(), used=[used])
+    unused = planned.second if used == 0 else planned.first
+    assert unused.weight.grad is None and planned.body.weight.grad is not None
+
+
+class Aliases(nn.Module):
+    """Outputs that are inputs, parameters, views of them and of each other, expanded, transposed, detached."""
+
+    def __init__(self):
+        super().__init__()
+        self.lin = nn.Linear(8, 8)
+
+    def forward(self, x, y):
+        h = self.lin(x)
+        return x, y.view(-1), self.lin.weight, self.lin.bias[:2], h, h.view(-1), h.chunk(2, 1), h.detach(), h, h.t(), h[:, :1].expand(4, 8)
+
+
+@pytest.mark.parametrize("needs_grad", [False, True])
+def test_outputs_that_alias(needs_grad):
+    args = (torch.randn(4, 8, requires_grad=needs_grad), torch.randn(4, 4, requires_grad=needs_grad))
+    planned = assert_drop_in(Aliases(), args, output_gradients="all")
+    x, y, weight, _, h, flat, *_ = planned(*args)
+    pairs = [(x, args[0]), (y, args[1]), (weight, planned.lin.weight), (h, flat)]
+    assert [a.data_ptr() == b.data_ptr() for a, b in pairs] == [True] * 4
+
+
+def test_gradients_in_another_layout():
+    model = nn.MultiheadAttention(8, 2, batch_first=True)  # its output is a transposed tensor
+
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = model
+
+        def forward(self, x):
+            return self.inner(x, x, x)[0]
+
+    module, x = Attention(), torch.randn(2, 4, 8)
+    plain, planned = copy.deepcopy(module), transform(module, (x,))
+    for gradient in (torch.randn(2, 4, 8), torch.randn(4, 2, 8).transpose(0, 1), torch.ones(()).expand(2, 4, 8)):
+        for each in (plain, planned):
+            each.zero_grad()
+            each(x).backward(gradient)
+        assert_same([p.grad for p in plain.parameters()], [p.grad for p in planned.parameters()])
+
+
+def test_structured_outputs_keep_their_types():
+    outputs = transform(ReturnsDataclass(), rows())(*rows())
+    assert type(outputs) is Result and outputs.logits.shape == (4, 3)
+    outputs = transform(ReturnsDict(), rows())(*rows())
+    assert list(outputs) == ["a", "more"] and outputs["more"][1:3] == [None, 3] and outputs["more"][3][0] == "name"
+
+
+def test_model_outputs_of_transformers():
+    load_torchvision()
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, vocab_size=50, max_position_embeddings=16
+    )
+    torch.manual_seed(0)
+    model = transformers.BertForSequenceClassification(config).train()
+    plain, call = copy.deepcopy(model), {"input_ids": ids(), "labels": torch.tensor([0, 1])}
+    planned = transform(model, (), call)
+    torch.manual_seed(1)
+    expected = plain(**call)
+    torch.manual_seed(1)
+    found = planned(**call)
+    assert type(found) is type(expected) and list(found) == list(expected)
+    assert torch.equal(found.loss, expected.loss) and torch.equal(found["logits"], expected["logits"])
+    expected.loss.backward()
+    found.loss.backward()
+    assert_same({n: p.grad for n, p in plain.named_parameters()}, {n: p.grad for n, p in planned.named_parameters()})
+    assert planned.config is model.config
+
+
+def test_keywords_however_split():
+    model, batch, bias = NestedInputs(), nested(), torch.randn(8)
+    planned = transform(model, (batch,), {"scale": 2.0, "bias": bias})
+    expected = model(batch, 2.0, bias=bias)
+    calls = [
+        ((batch,), {"scale": 2.0, "bias": bias}),
+        ((batch, 2.0), {"bias": bias}),
+        ((), {"bias": bias, "scale": 2.0, "batch": batch}),
+        ((batch, 2.0, "sum"), {"bias": bias}),
+        ((batch,), {"mode": "sum", "scale": 2.0, "bias": bias}),
+    ]
+    with messages() as said:
+        assert all(torch.equal(planned(*args, **kwargs), expected) for args, kwargs in calls)
+    assert said == []
+    with messages() as said:  # another value of an argument that is no tensor is another plan
+        assert torch.equal(planned(batch, 3.0, "mean"), model(batch, 3.0, "mean"))
+    assert len(said) == 1
+
+
+@each_device
+def test_a_smaller_batch_is_planned_once_and_logged(device):
+    model = on(device, ConvNet())
+    plain, planned = copy.deepcopy(model), transform(model, on(device, images(4)))
+    with messages() as said:
+        for batch in (4, 2, 4, 2):
+            assert_same_steps(plain, planned, on(device, images(batch)), steps=1)
+    assert len(said) == 1 and "planning anew" in said[0]
+
+
+@pytest.mark.parametrize("make", [ConvNet, SharedNorm])
+def test_batch_norm_moves_once_per_step(make):
+    args = images() if make is ConvNet else rows()
+    planned = transform(make(), args)
+    for seed in range(3):
+        step(planned, args, seed=seed)
+    calls = 6 if make is SharedNorm else 3
+    counts = [b.item() for n, b in planned.named_buffers() if n.endswith("num_batches_tracked")]
+    assert counts and set(counts) == {calls}
+
+
+@each_device
+def test_modes(device):
+    model, args = on(device, ConvNet()), on(device, images())
+    plain, planned = copy.deepcopy(model), transform(model, args)
+    for train in (False, True):
+        plain.train(train), planned.train(train)
+        assert {m.training for m in model.modules()} == {train}
+        for mode in (torch.no_grad, torch.inference_mode):
+            with mode():
+                torch.manual_seed(3)
+                expected = plain(*args)
+                torch.manual_seed(3)
+                assert torch.equal(planned(*args), expected)
+        assert_same_steps(plain, planned, args, steps=1)
+
+
+def test_planned_in_eval_mode():
+    model = ConvNet().eval()
+    planned = assert_drop_in(model, images())
+    plain = copy.deepcopy(model).train()
+    assert_same_steps(plain, planned.train(), images())
+
+
+def test_autocast():
+    torch.manual_seed(0)
+    model, args = Transformer(), (ids(), ids())
+    plain, autocast = copy.deepcopy(model), lambda: torch.autocast("cpu", dtype=torch.bfloat16)
+    with autocast():
+        captured_inside = transform(model, args, output_gradients="all")
+        expected = step(plain, args)
+        assert_same(expected, step(captured_inside, args))
+    assert_same(expected, step(captured_inside, args))  # it computes as captured wherever it is called
+    captured_outside = transform(copy.deepcopy(model), args, output_gradients="all")
+    assert_same_steps(plain, captured_outside, args, steps=1)
+    with messages() as said, autocast():
+        assert_same_steps(plain, captured_outside, args, steps=1)
+    assert len(said) == 1
+
+
+def test_autocast_is_still_in_force_after_a_call():
+    planned, x = transform(TwoHeads(), rows()), torch.randn(4, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        planned(*rows())
+        assert (x @ x).dtype == torch.bfloat16
+
+
+def traced(model, args):
+    return torch.fx.symbolic_trace(model)
+
+
+def exported(model, args):
+    return torch.export.export(model, args).module()
+
+
+@pytest.mark.parametrize("how", [traced, exported])
+@pytest.mark.parametrize(("make", "inputs"), [(ConvNet, images), (Transformer, lambda: (ids(),))])
+def test_graph_modules(how, make, inputs):
+    if how is traced and make is Transformer:
+        pytest.skip("a Transformer's shapes cannot be traced symbolically")
+    torch.manual_seed(0)
+    args = inputs()
+    module = how(make(), args)
+    planned = assert_drop_in(module, args)
+    assert len(list(planned.parameters())) == len(list(make().parameters()))
+
+
+class Tied(nn.Module):
+    """One weight in three layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.b.weight = self.c.weight = self.a.weight
+
+    def forward(self, x):
+        return self.c(torch.relu(self.b(torch.tanh(self.a(x)))))
+
+
+@pytest.mark.parametrize("how", [lambda m, _: m, traced, exported])
+def test_tied_weights_are_one_parameter(how):
+    planned = assert_drop_in(how(Tied(), rows()), rows())
+    assert [s.size_bytes for s in planned.plan.problem.storages if s.kind == "parameter"] == [256, 32, 32, 32]
+
+
+@pytest.mark.parametrize("key", ["val", "tensor_meta"])
+def test_shapes_from_placeholders(key):
+    module, args = ConvNet(), images()
+    if key == "val":
+        module = exported(module, args)
+    else:
+        module = torch.fx.symbolic_trace(module)
+        torch.fx.passes.shape_prop.ShapeProp(module).propagate(*args)
+    plain = copy.deepcopy(module)
+    assert_same_steps(plain, transform(module), args)
+
+
+def test_max_overhead():
+    planned = assert_drop_in(ConvNet(), images(), budget=None, max_overhead=0.1)
+    assert planned.plan.predicted_overhead <= 0.1 and planned.plan.predicted_peak_bytes < planned.plan.baseline_peak_bytes
+
+
+def on_meta(make):
+    with torch.device("meta"):
+        return make()
+
+
+def on_fake(make):
+    with torch._subclasses.FakeTensorMode():
+        return make()
+
+
+def really(make):
+    return make()
+
+
+def test_what_stands_in_for_tensors_gives_the_same_plan():
+    ways = [(really, really), (really, on_meta), (really, on_fake), (on_meta, on_meta), (on_meta, really), (on_meta, on_fake), (on_fake, on_fake)]
+    plans = [fxmem.plan(module(ConvNet), inputs(images), budget="min", time_limit_s=1) for module, inputs in ways]
+    assert [p.solution.schedule for p in plans] == [plans[0].solution.schedule] * len(ways)
+    assert {(p.predicted_peak_bytes, p.baseline_peak_bytes) for p in plans} == {(plans[0].predicted_peak_bytes, plans[0].baseline_peak_bytes)}
+
+
+def test_planning_what_no_machine_holds():
+    plan = fxmem.plan(on_meta(ConvNet), (torch.empty(10**6, 3, 64, 64, device="meta"),), budget="min", time_limit_s=1)
+    assert plan.predicted_peak_bytes > 10**11
+    plan = fxmem.plan(ConvNet(), (torch.empty(10**6, 3, 64, 64, device="meta"),), budget=None)
+    assert plan.predicted_peak_bytes > 10**11
+
+
+def test_frontier():
+    curve = fxmem.frontier(ConvNet(), images(), points=4, time_limit_s=2)
+    peaks, times = [p.predicted_peak_bytes for p in curve], [p.predicted_overhead for p in curve]
+    assert peaks == sorted(peaks, reverse=True) and times == sorted(times) and times[0] == 0 and len(curve) >= 2
