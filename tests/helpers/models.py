@@ -12,7 +12,7 @@ from torch import nn
 class ConvNet(nn.Module):
     """Convolutions, batch norm in training, relu in place, pooling, dropout."""
 
-    def __init__(self, width: int = 8, blocks: int = 3):
+    def __init__(self, width: int = 8, blocks: int = 2):
         super().__init__()
         self.stem = nn.Conv2d(3, width, 3, padding=1)
         self.blocks = nn.ModuleList(
