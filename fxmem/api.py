@@ -16,7 +16,8 @@ from .baseline import EagerTimeline, eager_timeline
 from .budget import Budget, parse_budget
 from .capture import Capture, capture, example_inputs_of
 from .codegen.partition import partition
-from .codegen.planned import PlannedModule, assemble, canonical_call
+from .codegen.calls import canonical_call
+from .codegen.planned import PlannedModule, assemble, check_names
 from .cost import CostModel, OpCall, cost_model, workspace_bytes
 from .errors import BudgetError, CaptureError
 from .lowering import Lowered, lower
@@ -65,6 +66,7 @@ def transform(
         budget=budget, max_overhead=max_overhead, cost=cost, solver=solver, time_limit_s=time_limit_s, output_gradients=output_gradients
     )
     module, args, kwargs = _example_call(module, example_inputs, example_kwargs)
+    check_names(module)
     _warn_of_hooks(module)
     prepared = _prepare(module, args, kwargs, cost or _default_cost(module, args, kwargs), output_gradients)
     plan_ = _plan(prepared, wanted, solver, time_limit_s)
@@ -181,6 +183,9 @@ def _example_call(module: nn.Module, args: Sequence[Any] | None, kwargs: Mapping
         module = module.source
     if not isinstance(module, nn.Module):
         raise CaptureError(f"fxmem transforms torch.nn.Module objects; a {type(module).__name__} was given")
+    inner = next((name for name, m in module.named_modules() if isinstance(m, PlannedModule)), None)
+    if inner is not None:
+        raise CaptureError(f"submodule {inner!r} is a planned module already: transform the whole with its plain module (its `source`)")
     if args is None and not kwargs:
         args = example_inputs_of(module)
     if isinstance(args, torch.Tensor):
@@ -203,7 +208,11 @@ def _device(module: nn.Module, args: tuple, kwargs: dict) -> torch.device:
 
 
 def _warn_of_hooks(module: nn.Module) -> None:
-    """Hooks on submodules do not fire inside a region."""
+    """Hooks on submodules are traced, but do not fire inside a region."""
     hooked = [name for name, m in module.named_modules() if name and (m._forward_hooks or m._forward_pre_hooks or m._backward_hooks)]
     if hooked:
-        log.warning("hooks on submodules do not run in a planned step: %s has some (%d modules in all)", hooked[0], len(hooked))
+        log.warning(
+            "hooks on submodules do not run in a planned step, which only repeats what they compute: %s has some (%d modules in all)",
+            hooked[0],
+            len(hooked),
+        )

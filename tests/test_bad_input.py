@@ -110,6 +110,15 @@ class Fused(Linear):
         return self.lstm(self.lin(x))[0]
 
 
+class NamedPlan(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.plan = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.plan(x)
+
+
 class Broken(CostModel):
     """A cost that is none."""
 
@@ -225,6 +234,24 @@ def test_a_function_of_ones_own_keeps_its_gradient_or_is_refused():
 def test_recurrent_layers_in_a_traced_graph():
     with refused(module := torch.fx.symbolic_trace(Fused()), fxmem.CaptureError, "'lstm'", "LSTMCell"):
         transform(module, X)
+
+
+def test_names_that_a_planned_module_needs():
+    with refused(module := NamedPlan(), fxmem.CaptureError, "NamedPlan", "'plan'"):
+        transform(module, X)
+    assert transform(nn.Sequential(module), X)(*X).shape == (4, 8)
+
+
+def test_a_planned_module_inside():
+    planned = transform(TwoHeads(), X, budget=None)
+    with pytest.raises(fxmem.CaptureError, match="submodule '1' is a planned module"):
+        transform(nn.Sequential(nn.Linear(8, 8), planned), X)
+
+
+def test_sparse_gradients():
+    module = nn.Sequential(nn.Embedding(10, 4, sparse=True), nn.Linear(4, 4))
+    with refused(module, fxmem.CaptureError, "torch.sparse_coo", "module '0'"):
+        transform(module, (torch.tensor([1, 2]),))
 
 
 def test_no_inputs():

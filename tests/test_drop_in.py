@@ -83,6 +83,25 @@ def test_channels_last_parameters_are_another_call():
     assert_same_steps(plain, planned, args, steps=1)
 
 
+def test_settings_of_layers_count():
+    plain, planned, args = pair()
+    for module in (plain, planned):
+        module.blocks[0][3].p, module.blocks[1][1].momentum = 0.6, 0.5
+    with messages() as said:
+        assert_same_steps(plain, planned, args, steps=1)
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize("through", ["planned", "source"])
+def test_a_replaced_layer(through):
+    plain, planned, args = pair(TwoHeads, (torch.randn(4, 8),))
+    plain.first = nn.Linear(8, 3)
+    (planned if through == "planned" else planned.source).first = copy.deepcopy(plain.first)
+    assert_same_steps(plain, planned, args)
+    with torch.no_grad():
+        assert_same(plain(*args), planned(*args))
+
+
 def pickled(planned):
     return pickle.loads(pickle.dumps(planned))
 

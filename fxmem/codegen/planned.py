@@ -12,15 +12,16 @@ import inspect
 import logging
 import operator
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from ..capture import Capture
+from ..errors import CaptureError
 from ..roles import Role
 from ..torch_internals import is_being_traced, pytree, spec_children, spec_from_data, spec_to_data
+from .calls import Call, canonical_call
 from .partition import RegionGraphs
 from .runtime import Region
 from .serialize import graph_from_data, graph_to_data
@@ -66,43 +67,6 @@ class OutputStructure(nn.Module):
         return pytree.tree_unflatten(leaves, self.spec)
 
 
-@dataclass(frozen=True)
-class Call:
-    """A call of a module as far as a plan depends on it; two calls with equal keys can share a plan."""
-
-    key: tuple
-    autocast: tuple
-
-    @staticmethod
-    def of(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Call:
-        leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
-        tensors = (*module.parameters(), *module.buffers())
-        modes = tuple(m.training for m in module.modules())
-        state = tuple(_leaf_key(t) for t in tensors)
-        key = (repr(spec), tuple(_leaf_key(leaf) for leaf in leaves), modes, state)
-        kinds = (k for k in ("cpu", "cuda") if torch.is_autocast_enabled(k))
-        return Call(key, tuple((k, torch.get_autocast_dtype(k)) for k in kinds))
-
-
-def _leaf_key(leaf: Any) -> Any:
-    if isinstance(leaf, torch.Tensor):
-        return leaf.shape, leaf.stride(), leaf.dtype, leaf.device, leaf.requires_grad
-    return type(leaf), repr(leaf)
-
-
-def canonical_call(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """The same arguments, those that can be positional so, whichever way the caller wrote them, and without spelt out defaults."""
-    bound = inspect.signature(module.forward).bind(*args, **kwargs)
-    for name, value in list(bound.arguments.items()):
-        if isinstance(value, (type(None), bool, int, float, str)) and _same(value, bound.signature.parameters[name].default):
-            del bound.arguments[name]
-    return bound.args, bound.kwargs
-
-
-def _same(value: Any, default: Any) -> bool:
-    return type(value) is type(default) and value == default
-
-
 class PlannedModule(fx.GraphModule):
     """What `fxmem.transform` returns. `plan` tells what was decided, `regions` holds the chain, `code` shows it."""
 
@@ -141,9 +105,15 @@ class PlannedModule(fx.GraphModule):
                 raise
             return getattr(self.__dict__["_source"], name)  # config, for example
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in getattr(self.__dict__.get("_source"), "_modules", ()):
+            setattr(self._source, name, value)  # another head, say, is one for inference and other plans too
+
     def __call__(self, *args, **kwargs):
         if is_being_traced(args, kwargs):
             return super().__call__(*args, **kwargs)
+        self._modules.update(self._source._modules)
         args, kwargs = canonical_call(self._source, args, kwargs)
         if not self._needs_gradients(args, kwargs):
             return self._plain()(*args, **kwargs)
@@ -205,6 +175,16 @@ class PlannedModule(fx.GraphModule):
 
     def __copy__(self) -> PlannedModule:
         return _rebuild(self._state())
+
+
+def check_names(module: nn.Module) -> None:
+    """Raise CaptureError where a name in `module` is one that a PlannedModule needs for itself."""
+    taken = [n for n in (*module._modules, *module._parameters, *module._buffers) if hasattr(PlannedModule, n)]
+    if taken:
+        raise CaptureError(
+            f"{type(module).__name__} has a submodule, parameter or buffer called {taken[0]!r}, which a planned module needs for itself: "
+            "rename it, or transform a module that holds this one"
+        )
 
 
 class _Plain(nn.Module):

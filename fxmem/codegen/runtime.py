@@ -40,7 +40,7 @@ class Tape:
         """Check that this backward may run: each tape serves one, in order, on values nobody has changed since."""
         if torch.is_grad_enabled():
             raise TapeError(
-                "double backward (create_graph=True) through a planned module is not supported: its backward is not recorded; "
+                "double backward (create_graph=True, torch.func.grad) through a planned module is not supported: its backward is not recorded; "
                 "use the module that it was made from"
             )
         if self.awaiting != region.index:
