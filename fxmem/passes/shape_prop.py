@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from ..graph_meta import StorageInfo
+from ..errors import CaptureError
+from ..graph_meta import StorageInfo, source_of
 from ..torch_internals import fake_mode_of, pytree, storage_key
 from .base import Pass
 
@@ -50,6 +51,8 @@ class ShapeProp(Pass):
             for leaf in pytree.tree_leaves(value):
                 if not isinstance(leaf, torch.Tensor):
                     continue
+                if leaf.layout is not torch.strided:
+                    raise CaptureError(f"{source_of(node)} makes a {leaf.layout} tensor; fxmem plans dense ones (for an embedding: sparse=False)")
                 key = storage_key(leaf)
                 if key not in index_of:
                     index_of[key] = len(infos)
