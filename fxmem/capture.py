@@ -122,6 +122,9 @@ def _check_devices(module: nn.Module, args: tuple, kwargs: dict) -> None:
     if len(real) > 1:
         listed = ", ".join(f"{name!r} on {device}" for device, name in real.items())
         raise CaptureError(f"the module and its inputs are on several devices ({listed}): move all of them to one with .to(device)")
+    absent = next((device for device in real if device.type == "cuda" and not torch.cuda.is_available()), None)
+    if absent is not None:  # PyTorch would end the process
+        raise CaptureError(f"no gradients can be traced on {absent} where no such device is: give meta or CPU tensors, and cost=\"A100\", say")
 
 
 def _without_meta(module: nn.Module) -> nn.Module:

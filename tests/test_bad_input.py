@@ -290,6 +290,14 @@ def test_devices_that_differ():
         fxmem.plan(module, (elsewhere,))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the device is there")
+def test_a_device_that_is_not_there():
+    with torch._subclasses.FakeTensorMode():
+        module, x = nn.ReLU(), torch.empty(4, 8, device="cuda", requires_grad=True)
+    with refused(module, fxmem.CaptureError, "cuda", "meta"):
+        fxmem.plan(module, (x,))
+
+
 def test_nothing_needs_gradients():
     with refused(module := TwoHeads().requires_grad_(False), fxmem.CaptureError, "no output needs gradients"):
         transform(module, X)
