@@ -180,7 +180,7 @@ def test_parameter_and_output_hooks():
 
 def test_gradients_are_handed_over_region_by_region():
     _, planned, args = pair()
-    region_of = {p: i for i, region in enumerate(planned.regions) for p in (r.key for r in region.spec.arguments)}
+    region_of = {p: i for i, region in enumerate(planned.regions) for p in (region.spec.arguments[g[0]].key for g in region.spec.gradients)}
     events = []
     for name, parameter in planned.named_parameters():
         parameter.register_post_accumulate_grad_hook(lambda p, name=name: events.append((name, region_of[name])))
