@@ -28,7 +28,11 @@ class Role:
 
 
 def assign_roles(
-    joint: fx.GraphModule, traced: fx.GraphModule, names: Mapping[int, str], input_names: list[str], differentiated: tuple[int, ...]
+    joint: fx.GraphModule,
+    traced: fx.GraphModule,
+    names: Mapping[int, str],
+    input_names: list[str],
+    differentiated: tuple[int, ...],
 ) -> tuple[dict[str, torch.Tensor], dict[int, Any]]:
     """Mark the placeholders and outputs of a joint graph with their Roles, in `meta["fxmem_role"]` and `meta["fxmem_roles"]`.
 

@@ -162,7 +162,26 @@ def refused(module, error, *says):
     assert torch.equal(torch_state, torch.get_rng_state()) and python_state == random.getstate()
 
 
-BUDGETS = ["4 gigs", "", "12", "-3GB", "4 parsecs", "0MB", 0, -1, 1.5, 0.0, -0.5, math.nan, math.inf, True, False, [1], b"4GB", 2 + 1j]
+BUDGETS = [
+    "4 gigs",
+    "",
+    "12",
+    "-3GB",
+    "4 parsecs",
+    "0MB",
+    0,
+    -1,
+    1.5,
+    0.0,
+    -0.5,
+    math.nan,
+    math.inf,
+    True,
+    False,
+    [1],
+    b"4GB",
+    2 + 1j,
+]
 
 
 @pytest.mark.parametrize("budget", BUDGETS, ids=repr)
@@ -304,7 +323,9 @@ def test_nothing_needs_gradients():
 
 
 @pytest.mark.parametrize(
-    "cost", [OpCost(math.nan, 0), OpCost(-1.0, 0), OpCost(math.inf, 0), OpCost(0.0, -1)], ids=["nan", "negative", "infinite", "bytes"]
+    "cost",
+    [OpCost(math.nan, 0), OpCost(-1.0, 0), OpCost(math.inf, 0), OpCost(0.0, -1)],
+    ids=["nan", "negative", "infinite", "bytes"],
 )
 def test_costs_that_are_none(cost):
     with refused(module := TwoHeads(), fxmem.CostError, "broken", "node"):
@@ -335,7 +356,11 @@ def test_frontiers_without_points(points):
 @pytest.mark.parametrize("make", [ConvNet, Transformer, Recurrent])
 @pytest.mark.parametrize("traced", [False, True])
 def test_planning_leaves_everything_alone(make, traced):
-    args = {ConvNet: (torch.randn(2, 3, 8, 8),), Transformer: (torch.arange(12).view(2, 6),), Recurrent: (torch.randn(2, 2, 4),)}[make]
+    args = {
+        ConvNet: (torch.randn(2, 3, 8, 8),),
+        Transformer: (torch.arange(12).view(2, 6),),
+        Recurrent: (torch.randn(2, 2, 4),),
+    }[make]
     module = torch.export.export(make(), args).module() if traced else make()
     before, state = snapshot(module), torch.get_rng_state()
     for call in (fxmem.plan, fxmem.transform):

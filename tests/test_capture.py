@@ -22,7 +22,9 @@ def roles(captured, op):
 def test_roles():
     captured = capture(TwoHeads(), (torch.randn(4, 8, requires_grad=True),), {})
     names = [f"{layer}.{kind}" for layer in ("body", "first", "second") for kind in ("weight", "bias")]
-    assert sorted(roles(captured, "placeholder")) == sorted([*(("parameter", n) for n in names), ("input", 0), ("tangent", 0), ("tangent", 1)])
+    assert sorted(roles(captured, "placeholder")) == sorted(
+        [*(("parameter", n) for n in names), ("input", 0), ("tangent", 0), ("tangent", 1)]
+    )
     assert sorted(roles(captured, "output"), key=str) == sorted(
         [("output", 0), ("output", 1), *(("gradient", n) for n in names), ("gradient", 0)], key=str
     )
@@ -96,7 +98,9 @@ def test_the_backward_is_marked_even_of_ones_own_function():
 
 def test_nodes_know_their_module_and_line():
     captured = capture(ConvNet(), (torch.randn(2, 3, 8, 8),), {})
-    convolution = next(n for n in captured.joint.graph.nodes if n.target is torch.ops.aten.convolution.default and module_of(n) == "blocks.1.0")
+    convolution = next(
+        n for n in captured.joint.graph.nodes if n.target is torch.ops.aten.convolution.default and module_of(n) == "blocks.1.0"
+    )
     assert "of module 'blocks.1.0'" in source_of(convolution) and ".py:" in source_of(convolution)
 
 

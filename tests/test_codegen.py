@@ -76,7 +76,9 @@ def test_accumulation_stays_within_the_plan_and_one_regions_gradients():
         with LiveStorages(before) as watch:
             backward(planned, args, gradient)
         peaks.append(max(live_bytes for _, live_bytes in watch.events))
-    region_bytes = [sum(parameters[r.key].nbytes for r in region.spec.arguments if r.kind == "parameter") for region in planned.regions]
+    region_bytes = [
+        sum(parameters[r.key].nbytes for r in region.spec.arguments if r.kind == "parameter") for region in planned.regions
+    ]
     assert len(region_bytes) > 4 and peaks[0] <= planned.plan.predicted_peak_bytes
     assert peaks[1] <= planned.plan.predicted_peak_bytes + 2 * max(region_bytes)
 
@@ -116,7 +118,9 @@ def test_a_free_plan_recomputes_nothing():
 def test_the_code_is_the_users():
     planned = transform(ConvNet(), IMAGES)
     assert re.search(r"def forward\(self, x\):", planned.code)
-    assert {n.target for n in planned.graph.nodes if n.op == "get_attr"} == {n for n, _ in (*planned.named_parameters(), *planned.named_buffers())}
+    assert {n.target for n in planned.graph.nodes if n.op == "get_attr"} == {
+        n for n, _ in (*planned.named_parameters(), *planned.named_buffers())
+    }
     assert str(planned.plan) == planned.plan.summary() and "blocks.1" in planned.plan.summary()
 
 
@@ -134,7 +138,9 @@ def test_graphs_as_data():
     x = graph.placeholder("x")
     y = graph.call_function(torch.ops.aten.clone.default, (x,), {"memory_format": torch.channels_last})
     z = graph.call_function(torch.ops.aten.slice.Tensor, (y, 0, 1, 3))
-    w = graph.call_function(torch.ops.aten.zeros.default, ([2],), {"dtype": torch.half, "layout": torch.strided, "device": torch.device("cpu")})
+    w = graph.call_function(
+        torch.ops.aten.zeros.default, ([2],), {"dtype": torch.half, "layout": torch.strided, "device": torch.device("cpu")}
+    )
     graph.output((z, [w, {"k": x}], slice(None, 3)))
     back = graph_from_data(graph_to_data(graph))
     back.lint()

@@ -113,7 +113,13 @@ def saved(planned):
     return torch.load(file, weights_only=False)
 
 
-COPIES = {"deepcopy": copy.deepcopy, "pickle": pickled, "pickle twice": lambda p: pickled(pickled(p)), "torch.save": saved, "copy": copy.copy}
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": pickled,
+    "pickle twice": lambda p: pickled(pickled(p)),
+    "torch.save": saved,
+    "copy": copy.copy,
+}
 
 
 @pytest.mark.parametrize("how", COPIES)
@@ -180,7 +186,11 @@ def test_parameter_and_output_hooks():
 
 def test_gradients_are_handed_over_region_by_region():
     _, planned, args = pair()
-    region_of = {p: i for i, region in enumerate(planned.regions) for p in (region.spec.arguments[g[0]].key for g in region.spec.gradients)}
+    region_of = {
+        p: i
+        for i, region in enumerate(planned.regions)
+        for p in (region.spec.arguments[g[0]].key for g in region.spec.gradients)
+    }
     events = []
     for name, parameter in planned.named_parameters():
         parameter.register_post_accumulate_grad_hook(lambda p, name=name: events.append((name, region_of[name])))
@@ -268,7 +278,12 @@ def one_part_after_another(planned, args):
     torch.autograd.grad(loss, [planned.stem.weight])
 
 
-BACKWARDS = [(second_backward, "freed"), (retained_graph, "freed"), (double_backward, "double backward"), (one_part_after_another, "freed")]
+BACKWARDS = [
+    (second_backward, "freed"),
+    (retained_graph, "freed"),
+    (double_backward, "double backward"),
+    (one_part_after_another, "freed"),
+]
 
 
 @pytest.mark.parametrize(("run", "says"), BACKWARDS)

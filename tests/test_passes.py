@@ -76,7 +76,9 @@ def test_liveness():
     assert module.meta["fxmem_peak_bytes"] == 4 * KB4
 
 
-@pytest.mark.parametrize("graph_pass", [Liveness(), MarkRegions(), Costs(roofline()), Rematerialize("min")], ids=lambda p: type(p).__name__)
+@pytest.mark.parametrize(
+    "graph_pass", [Liveness(), MarkRegions(), Costs(roofline()), Rematerialize("min")], ids=lambda p: type(p).__name__
+)
 def test_a_pass_says_what_has_to_run_before_it(graph_pass):
     with pytest.raises(fxmem.CaptureError, match="ShapeProp"):
         graph_pass(hand_made())
@@ -130,7 +132,11 @@ def test_update_buffers_writes_where_a_buffer_changes():
     assert "buffer_update" in before and "buffer_update" not in [r.kind for r in output.meta["fxmem_roles"]]
     assert len(output.args[0]) == len(output.meta["fxmem_roles"]) == len(before) - before.count("buffer_update")
     writes = [n for n in graph_module.graph.nodes if n.target is aten.copy_.default]
-    assert sorted(n.args[0].meta["fxmem_role"].key for n in writes) == ["norm.num_batches_tracked", "norm.running_mean", "norm.running_var"]
+    assert sorted(n.args[0].meta["fxmem_role"].key for n in writes) == [
+        "norm.num_batches_tracked",
+        "norm.running_mean",
+        "norm.running_var",
+    ]
     assert not any(n.meta.get("fxmem_backward") for n in writes)
     assert UpdateBuffers()(graph_module).modified is False
 
@@ -149,14 +155,25 @@ def test_names_say_module_and_operation():
     graph_module = joint()
     NameNodes()(graph_module)
     names = [n.name for n in graph_module.graph.nodes]
-    assert {"stem_weight", "blocks_0_1_running_mean", "input_0", "grad_output_0", "stem_convolution", "blocks_0_1_batch_norm_mean"} <= set(names)
+    assert {
+        "stem_weight",
+        "blocks_0_1_running_mean",
+        "input_0",
+        "grad_output_0",
+        "stem_convolution",
+        "blocks_0_1_batch_norm_mean",
+    } <= set(names)
     assert len(names) == len(set(names))
 
 
 def test_regions_are_contiguous_and_mirrored():
     graph_module = joint(Transformer(layers=2), (torch.arange(12).view(2, 6),))
     PassManager(passes=[ShapeProp(), MarkRegions()])(graph_module)
-    places = [(n.meta.get("fxmem_backward", False), n.meta["fxmem_region"]) for n in graph_module.graph.nodes if "fxmem_region" in n.meta]
+    places = [
+        (n.meta.get("fxmem_backward", False), n.meta["fxmem_region"])
+        for n in graph_module.graph.nodes
+        if "fxmem_region" in n.meta
+    ]
     forward, backward = ([r for b, r in places if b is part] for part in (False, True))
     assert forward == sorted(forward) and backward == sorted(backward, reverse=True)
     assert set(forward) == set(range(len(graph_module.meta["fxmem_regions"])))
@@ -172,7 +189,8 @@ def run(graph_module, seed=0):
     generator = torch.Generator().manual_seed(0)
     values = [n.meta["val"] for n in graph_module.graph.nodes if n.op == "placeholder"]
     inputs = [
-        torch.rand(v.shape, generator=generator) if v.is_floating_point() else torch.zeros(v.shape, dtype=v.dtype) for v in values
+        torch.rand(v.shape, generator=generator) if v.is_floating_point() else torch.zeros(v.shape, dtype=v.dtype)
+        for v in values
     ]
     torch.manual_seed(seed)
     return graph_module(*inputs)
@@ -222,7 +240,17 @@ def test_among_other_peoples_passes():
     mine, theirs = joint(), joint()
     PassManager(passes=[*default_passes(), Rematerialize("min", time_limit_s=0.5)])(mine)
     count = Count()
-    passes = [count, Rename(), *default_passes()[:3], Rename(), count, *default_passes()[3:], Rematerialize("min", time_limit_s=0.5), count, Rename()]
+    passes = [
+        count,
+        Rename(),
+        *default_passes()[:3],
+        Rename(),
+        count,
+        *default_passes()[3:],
+        Rematerialize("min", time_limit_s=0.5),
+        count,
+        Rename(),
+    ]
     PassManager(passes=passes)(theirs)
     assert len(count.seen) == 3
     assert mine.meta["fxmem_solution"].timeline.peak_bytes == theirs.meta["fxmem_solution"].timeline.peak_bytes

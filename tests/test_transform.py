@@ -6,8 +6,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.models import (
-    Block, ConvNet, Counter, NestedInputs, Recurrent, Result, ReturnsDataclass, ReturnsDict, SharedNorm, Transformer, TwoHeads, UNet,
-)  # fmt: skip
+    Block,
+    ConvNet,
+    Counter,
+    NestedInputs,
+    Recurrent,
+    Result,
+    ReturnsDataclass,
+    ReturnsDict,
+    SharedNorm,
+    Transformer,
+    TwoHeads,
+    UNet,
+)
 from helpers.steps import assert_drop_in, assert_same, assert_same_steps, each_device, messages, on, step, transform
 from torch import nn
 
@@ -48,7 +59,8 @@ MODELS = {
 
 @each_device
 @pytest.mark.parametrize(
-    ("name", "budget"), [(n, b) for n, (_, _, fraction) in MODELS.items() for b in ("min", *([None, fraction] if fraction else []))]
+    ("name", "budget"),
+    [(n, b) for n, (_, _, fraction) in MODELS.items() for b in ("min", *([None, fraction] if fraction else []))],
 )
 def test_models(name, budget, device):
     torch.manual_seed(0)
@@ -132,7 +144,19 @@ class Aliases(nn.Module):
 
     def forward(self, x, y):
         h = self.lin(x)
-        return x, y.view(-1), self.lin.weight, self.lin.bias[:2], h, h.view(-1), h.chunk(2, 1), h.detach(), h, h.t(), h[:, :1].expand(4, 8)
+        return (
+            x,
+            y.view(-1),
+            self.lin.weight,
+            self.lin.bias[:2],
+            h,
+            h.view(-1),
+            h.chunk(2, 1),
+            h.detach(),
+            h,
+            h.t(),
+            h[:, :1].expand(4, 8),
+        )
 
 
 @pytest.mark.parametrize("needs_grad", [False, True])
@@ -175,7 +199,12 @@ def test_model_outputs_of_transformers():
     load_torchvision()
     transformers = pytest.importorskip("transformers")
     config = transformers.BertConfig(
-        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, vocab_size=50, max_position_embeddings=16
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        vocab_size=50,
+        max_position_embeddings=16,
     )
     torch.manual_seed(0)
     model = transformers.BertForSequenceClassification(config).train()
@@ -349,10 +378,20 @@ def really(make):
 
 
 def test_what_stands_in_for_tensors_gives_the_same_plan():
-    ways = [(really, really), (really, on_meta), (really, on_fake), (on_meta, on_meta), (on_meta, really), (on_meta, on_fake), (on_fake, on_fake)]
+    ways = [
+        (really, really),
+        (really, on_meta),
+        (really, on_fake),
+        (on_meta, on_meta),
+        (on_meta, really),
+        (on_meta, on_fake),
+        (on_fake, on_fake),
+    ]
     plans = [fxmem.plan(module(TwoHeads), inputs(rows), budget="min", time_limit_s=1) for module, inputs in ways]
     assert [p.solution.schedule for p in plans] == [plans[0].solution.schedule] * len(ways)
-    assert {(p.predicted_peak_bytes, p.baseline_peak_bytes) for p in plans} == {(plans[0].predicted_peak_bytes, plans[0].baseline_peak_bytes)}
+    assert {(p.predicted_peak_bytes, p.baseline_peak_bytes) for p in plans} == {
+        (plans[0].predicted_peak_bytes, plans[0].baseline_peak_bytes)
+    }
 
 
 def test_planning_what_no_machine_holds():

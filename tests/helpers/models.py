@@ -16,7 +16,9 @@ class ConvNet(nn.Module):
         super().__init__()
         self.stem = nn.Conv2d(3, width, 3, padding=1)
         self.blocks = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True), nn.Dropout(0.2))
+            nn.Sequential(
+                nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True), nn.Dropout(0.2)
+            )
             for _ in range(blocks)
         )
         self.pool = nn.MaxPool2d(2)
@@ -74,7 +76,9 @@ class UNet(nn.Module):
     def __init__(self, width: int = 4):
         super().__init__()
         self.down1, self.down2 = nn.Conv2d(3, width, 3, padding=1), nn.Conv2d(width, 2 * width, 3, stride=2, padding=1)
-        self.middle = nn.Sequential(nn.GroupNorm(2, 2 * width), nn.SiLU(), nn.Conv2d(2 * width, 2 * width, 3, padding=1), nn.SiLU())
+        self.middle = nn.Sequential(
+            nn.GroupNorm(2, 2 * width), nn.SiLU(), nn.Conv2d(2 * width, 2 * width, 3, padding=1), nn.SiLU()
+        )
         self.up = nn.ConvTranspose2d(2 * width, width, 2, stride=2)
         self.out = nn.Sequential(nn.Conv2d(2 * width, width, 3, padding=1), nn.Sigmoid(), nn.Conv2d(width, 3, 1))
 
@@ -90,7 +94,12 @@ class Recurrent(nn.Module):
 
     def __init__(self, dim: int = 8):
         super().__init__()
-        self.gates, self.new, self.lstm, self.head = nn.Linear(4 + dim, dim), nn.Linear(4, dim), nn.LSTMCell(dim, dim), nn.Linear(dim, 3)
+        self.gates, self.new, self.lstm, self.head = (
+            nn.Linear(4 + dim, dim),
+            nn.Linear(4, dim),
+            nn.LSTMCell(dim, dim),
+            nn.Linear(dim, 3),
+        )
 
     def forward(self, x):
         h = x.new_zeros(x.shape[0], self.lstm.hidden_size)

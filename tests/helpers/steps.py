@@ -85,14 +85,18 @@ def assert_same(a: Any, b: Any, where: str = "") -> None:
         assert a == b, where
 
 
-def assert_same_steps(plain: nn.Module, planned: nn.Module, args: tuple = (), kwargs: dict | None = None, *, steps: int = 2, used: Any = None):
+def assert_same_steps(
+    plain: nn.Module, planned: nn.Module, args: tuple = (), kwargs: dict | None = None, *, steps: int = 2, used: Any = None
+):
     """Train both side by side: everything that each step leaves must be the same, bit for bit."""
     for seed in range(steps):
         expected, found = (step(module, args, kwargs, used=used, seed=seed) for module in (plain, planned))
         assert_same(expected, found, f"step {seed}")
 
 
-def assert_drop_in(module: nn.Module, args: tuple = (), kwargs: dict | None = None, *, used: Any = None, **options) -> fxmem.PlannedModule:
+def assert_drop_in(
+    module: nn.Module, args: tuple = (), kwargs: dict | None = None, *, used: Any = None, **options
+) -> fxmem.PlannedModule:
     """Transform `module` and train it beside a copy that stays plain."""
     plain = copy.deepcopy(module)
     planned = transform(module, args, kwargs, **options)
