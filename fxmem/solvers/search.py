@@ -1,9 +1,10 @@
 """Search: rounds of annealing from several seeds, each round from the best of the last.
 
 One seed's result varies by a percentage point. So the first round begins from the advice of the linear relaxation
-(see `bound`), once hot and mostly cool; the next reheat the best so far. Where nothing fits, runs that weigh bytes above
-all look for the least peak first (see `minimum`). Every schedule is judged
-by `simulate`; should it see more bytes than the incremental evaluation did, the budget shrinks by the difference.
+(see `bound`), once hot and mostly cool; the next reheat the best so far. Near the least peak such a walk does not come back
+to what fits: there, a round under a larger budget comes first, and the walk follows as the budget shrinks. Where nothing
+fits even so, runs that weigh bytes above all look for the least peak (see `minimum`). Every schedule is judged by
+`simulate`; should it see more bytes than the incremental evaluation did, the budget shrinks by the difference.
 """
 
 from __future__ import annotations
@@ -23,9 +24,12 @@ from .state import State
 
 SEEDS = 2  # of a later round: one for each of two processes
 HOT, WARM, COOL, COLD = 5e-3, 1.5e-3, 5e-4, 3e-4  # temperatures at which runs begin, in fractions of the plain time
-REHEATS = (COOL, WARM, COOL, WARM)
-WORTHWHILE = 3e-3  # the part of the extra time that a round has to save for the next to be run
+REHEATS = (COOL, WARM)  # in turns
+MOST_REHEATS = 12
+PATIENCE = 2  # rounds in a row that may save less than the part WORTHWHILE of the extra time
+WORTHWHILE = 3e-3
 FIRST_ROUND = ((HOT, 0.2), (COOL, 0.05), (COOL, 0.05), (COLD, 0.2))  # temperature, and what a byte too many weighs at first
+DESCENT = (1.1, 1.05, 1.02, 1.01, 1.005, 1.002, 1.001)  # larger budgets on the way to one that is too tight to begin with
 SQUEEZE_WEIGHT = 10.0  # what a byte too many weighs when only bytes matter
 ATTEMPTS = 3
 
@@ -86,27 +90,55 @@ def better(incumbents: list[Incumbent]) -> Incumbent:
 
 
 def _rounds(task: Task, compiled: Compiled, budget_bytes: int, pool: Pool, log: list[str]) -> Incumbent:
-    """First from the relaxation's advice, hot and cool; then from the best so far, as long as that saves anything."""
-    begin, moves, unit_s = time.monotonic(), effort(compiled), task.problem.plain_time_s or 1.0
-    best = first_states(task, compiled, budget_bytes)
+    """First from the relaxation's advice, or by descent; then from the best so far, as long as that saves anything."""
+    first = _first_round(task, compiled, budget_bytes, pool, log)
+    if first.desired is None:
+        first = better([first, _descend(task, compiled, budget_bytes, pool, log)])
+    best = better([first_states(task, compiled, budget_bytes), first])
+    if best.desired is None:
+        best = squeeze(task, compiled, budget_bytes, best, pool)
+    if best.desired is None:
+        log.append(f"search: nothing that fits; least peak met {best.smallest_bytes:,} bytes")
+    idle = 0
+    for number in range(MOST_REHEATS):
+        if best.desired is None or best.stopped or idle == PATIENCE:
+            break
+        before_s = best.time_s
+        hot = REHEATS[number % len(REHEATS)]
+        run = Run(task.problem, budget_bytes, best.desired, effort(compiled), len(FIRST_ROUND) + SEEDS * (number + 1), hot)
+        best = better([best, _round(task, _seeds(run), pool, log)])
+        idle = 0 if best.time_s < before_s * (1 - WORTHWHILE) else idle + 1
+    return best
+
+
+def _first_round(task: Task, compiled: Compiled, budget_bytes: int, pool: Pool, log: list[str]) -> Incumbent:
+    """From the relaxation's advice, hot and cool."""
     advice = hint(compiled, budget_bytes, task.deadline)
     start = tuple(advice) if advice else ((1 << len(compiled.sizes)) - 1,) * len(compiled.stages)
-    first = Run(task.problem, budget_bytes, start, moves, 0)
-    runs = [replace(first, seed=seed, hot=hot, weight=weight) for seed, (hot, weight) in enumerate(FIRST_ROUND)]
-    for number, hot in enumerate((None, *REHEATS)):
-        if hot:
-            runs = _seeds(Run(task.problem, budget_bytes, best.desired, moves, len(FIRST_ROUND) + SEEDS * number, hot))
-        before_s = best.time_s
-        best = better([best, *pool.run_all(runs, task.deadline, task.progress)])
-        if best.desired is None:
-            best = squeeze(task, compiled, budget_bytes, best, pool)
-            if best.desired is None:
-                log.append(f"search: nothing that fits; least peak met {best.smallest_bytes:,} bytes")
-                return best
-        took_s = time.monotonic() - begin
-        log.append(f"search: {len(runs)} x {moves} moves, extra time {100 * best.time_s / unit_s:.3f} %, {took_s:.1f} s")
-        if best.stopped or (number > 0 and best.time_s > before_s * (1 - WORTHWHILE)):
-            break
+    run = Run(task.problem, budget_bytes, start, effort(compiled), 0)
+    runs = [replace(run, seed=seed, hot=hot, weight=weight) for seed, (hot, weight) in enumerate(FIRST_ROUND)]
+    return _round(task, runs, pool, log)
+
+
+def _descend(task: Task, compiled: Compiled, budget_bytes: int, pool: Pool, log: list[str]) -> Incumbent:
+    """A first round under a larger budget, and from its best on under ever smaller ones."""
+    best = _first_round(task, compiled, int(budget_bytes * DESCENT[0]), pool, log)
+    if best.desired is None:
+        return best
+    for number, factor in enumerate((*DESCENT[1:], 1.0)):
+        start, seed = best.desired or best.smallest, len(FIRST_ROUND) + SEEDS * (MOST_REHEATS + 1 + number)
+        run = Run(task.problem, int(budget_bytes * factor), start, effort(compiled), seed, COOL, weight=0.2)
+        best = _round(task, _seeds(run), pool, log)
+    return best
+
+
+def _round(task: Task, runs: list[Run], pool: Pool, log: list[str]) -> Incumbent:
+    """The best of some runs, and a line about it in the log."""
+    begin, unit_s = time.monotonic(), task.problem.plain_time_s or 1.0
+    best = better(pool.run_all(runs, task.deadline, task.progress))
+    found = "nothing that fits" if best.desired is None else f"extra time {100 * best.time_s / unit_s:.3f} %"
+    budget = f"{runs[0].budget_bytes:,} bytes, {len(runs)} x {runs[0].moves} moves"
+    log.append(f"search: {budget}: {found}, {time.monotonic() - begin:.1f} s")
     return best
 
 
