@@ -5,6 +5,7 @@ Weights and inputs are random and the same in every process. Shapes are those of
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -99,9 +100,93 @@ def vit_b_16(batch: int = 8, size: int = 224) -> Example:
     return Example(_torchvision("vit_b_16", image_size=size), (_images(batch, size),), blocks=("EncoderBlock",))
 
 
+def swin_t(batch: int = 16, size: int = 224) -> Example:
+    return Example(_torchvision("swin_t"), (_images(batch, size),), blocks=("SwinTransformerBlock",))
+
+
+def unet(batch: int = 11, height: int = 416, width: int = 608) -> Example:
+    """Ronneberger et al. 2015 with padded convolutions, batch norm and bilinear upsampling."""
+    return Example(UNet(), (torch.randn(batch, 3, height, width),), blocks=("_TwoConvolutions",))
+
+
+def lstm_cells(batch: int = 256, steps: int = 64, width: int = 512) -> Example:
+    """An LSTM unrolled over its steps, in plain cells."""
+    return Example(UnrolledLSTM(width, steps), (torch.randn(batch, steps, width),))
+
+
+class UNet(nn.Module):
+    """Four levels down and up again, with a skip at each."""
+
+    def __init__(self, channels: tuple[int, ...] = (64, 128, 256, 512, 512), classes: int = 2):
+        super().__init__()
+        skips, now = channels[:-1], channels[-1]
+        self.stem = _TwoConvolutions(3, channels[0])
+        self.down = nn.ModuleList(_TwoConvolutions(a, b) for a, b in itertools.pairwise(channels))
+        self.pool, self.grow = nn.MaxPool2d(2), nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True)
+        self.up = nn.ModuleList()
+        for skip in reversed(skips):
+            self.up.append(_TwoConvolutions(now + skip, now := max(skip // 2, channels[0])))
+        self.head = nn.Conv2d(channels[0], classes, 1)
+
+    def forward(self, x):
+        levels = [self.stem(x)]
+        for block in self.down:
+            levels.append(block(self.pool(levels[-1])))
+        x = levels.pop()
+        for block in self.up:
+            x = block(torch.cat([levels.pop(), self.grow(x)], 1))
+        return self.head(x)
+
+
+class _TwoConvolutions(nn.Sequential):
+    def __init__(self, source: int, target: int):
+        super().__init__(
+            nn.Conv2d(source, target, 3, padding=1), nn.BatchNorm2d(target), nn.ReLU(inplace=True),
+            nn.Conv2d(target, target, 3, padding=1), nn.BatchNorm2d(target), nn.ReLU(inplace=True),
+        )  # fmt: skip
+
+
+class UnrolledLSTM(nn.Module):
+    def __init__(self, width: int, steps: int, classes: int = 10):
+        super().__init__()
+        self.steps, self.cell, self.head = steps, nn.LSTMCell(width, width), nn.Linear(width, classes)
+
+    def forward(self, x):
+        h = c = x.new_zeros(x.shape[0], x.shape[2])
+        for t in range(self.steps):
+            h, c = self.cell(x[:, t], (h, c))
+        return self.head(h)
+
+
+def on_meta(make: Callable[..., Example], **sizes: int) -> Callable[[], Example]:
+    """An example without bytes: shapes alone."""
+
+    def build_it() -> Example:
+        with torch.device("meta"):
+            return make(**sizes).to("meta")
+
+    return build_it
+
+
 MODELS: dict[str, Callable[..., Example]] = {
     maker.__name__: maker
     for maker in (hf_resnet50, gpt2, unet2d, resnet50, googlenet, vgg16, mobilenet_v2, densenet121, vit_b_16)
+}
+
+SOLVER_MODELS: dict[str, Callable[[], Example]] = {  # the first five in MONeT's batches
+    "resnet50": on_meta(resnet50, batch=184),
+    "googlenet": on_meta(googlenet, batch=320),
+    "unet": on_meta(unet),
+    "mobilenet_v2": on_meta(mobilenet_v2, batch=272),
+    "vgg16": on_meta(vgg16, batch=176),
+    "densenet121": on_meta(densenet121, batch=32),
+    "vit_b_16": on_meta(vit_b_16, batch=32),
+    "swin_t": on_meta(swin_t),
+    "gpt2_12": on_meta(gpt2, batch=8),
+    "gpt2_48": on_meta(gpt2, batch=8, layers=48),
+    "gpt2_96": on_meta(gpt2, batch=8, layers=96),
+    "unet2d": on_meta(unet2d),
+    "lstm_cells": on_meta(lstm_cells),
 }
 
 

@@ -30,8 +30,6 @@ INPLACE_TWINS = {
     aten.leaky_relu.default: (aten.leaky_relu_.default, False),
     aten.silu.default: (aten.silu_.default, False),
 }
-# The scalar that goes from region to region, its gradient, and what autograd makes of both; CUDA's allocator rounds each up.
-TOKEN_BYTES = {"cpu": 16, "cuda": 2048}
 BATCH_NORM = aten._native_batch_norm_legit_functional.default
 
 
@@ -62,7 +60,7 @@ def lower(graph_module: fx.GraphModule) -> Lowered:
         num_forward=forward_end + 1,
         num_program=len(nodes),
         outputs=_outputs(graph_module, infos),
-        extra_bytes=_token_bytes(graph_module) + sum(rng_state_bytes(n) for n in nodes if n.op == "call_function" and draws_random_numbers(n)),
+        extra_bytes=sum(rng_state_bytes(n) for n in nodes if n.op == "call_function" and draws_random_numbers(n)),
     )
     return Lowered(problem, (*nodes, *(n for n, _ in variants)))
 
@@ -81,11 +79,6 @@ def device_of(node: fx.Node) -> torch.device:
     value = node.meta["val"]
     first = value if isinstance(value, torch.Tensor) else next(v for v in value if isinstance(v, torch.Tensor))
     return first.device
-
-
-def _token_bytes(graph_module: fx.GraphModule) -> int:
-    first = next((n for n in graph_module.graph.nodes if isinstance(n.meta.get("val"), torch.Tensor)), None)
-    return TOKEN_BYTES.get(first.meta["val"].device.type, TOKEN_BYTES["cuda"]) if first is not None else 0
 
 
 def rng_state_bytes(node: fx.Node) -> int:

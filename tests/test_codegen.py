@@ -34,7 +34,7 @@ def backward(planned, args, gradients):
 @pytest.mark.parametrize("budget", [None, "min"])
 @pytest.mark.parametrize("case", CASES)
 def test_no_value_lives_past_its_last_use(case, budget, device):
-    """After every operator of forward and backward exactly those bytes are alive that the timeline says, but for the tokens."""
+    """After every operator of forward and backward exactly those bytes are alive that the timeline says."""
     torch.manual_seed(0)
     make, args = CASES[case]
     module, args = on(device, make()), on(device, args)
@@ -50,7 +50,7 @@ def test_no_value_lives_past_its_last_use(case, budget, device):
         fewer = 0 if device == "cpu" else 512 * len(problem.storages)  # the plan counts what the allocator rounds up to
         if "no_stats" in name:  # a repeated batch norm makes no running statistics
             fewer += sum(problem.storages[s].size_bytes for s in operator.outputs[3:])
-        assert -fewer <= live_bytes - expected <= 16, f"step {i}: {name} for {operator.name}"
+        assert -fewer <= live_bytes - expected <= 0, f"step {i}: {name} for {operator.name}"
 
 
 @pytest.mark.parametrize(("make", "size"), [(ConvNet, (8, 3, 32, 32)), (UNet, (8, 3, 32, 32)), (Transformer, (4, 64))])
@@ -126,7 +126,7 @@ def test_the_code_is_the_users():
 
 def test_the_same_input_gives_the_same_plan():
     torch.manual_seed(0)
-    plans = [transform(Transformer(), IDS, time_limit_s=5.0) for _ in range(2)]
+    plans = [transform(Transformer(), IDS, time_limit_s=60.0) for _ in range(2)]
     assert plans[0].plan.solution.schedule == plans[1].plan.solution.schedule
     assert plans[0].code == plans[1].code
     for a, b in zip(plans[0].regions, plans[1].regions, strict=True):

@@ -2,7 +2,7 @@
 
 A region's forward takes arguments (parameters, buffers, inputs) and what earlier regions left on the tape; its backward takes
 incoming gradients and the tape's values, and hands over gradients of its arguments. Activations and their gradients never pass
-through autograd: only a small token does, from region to region, which fixes the order of the backward.
+through autograd: only a token does, of no bytes, from region to region, which fixes the order of the backward.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Tape:
 
     def __init__(self, regions: int, device: torch.device):
         self.values: dict[str, torch.Tensor] = {}
-        self.token: torch.Tensor | None = torch.zeros((), device=device, requires_grad=True)
+        self.token: torch.Tensor | None = torch.empty(0, device=device, requires_grad=True)
         self.awaiting = regions - 1
         self.absent: set[int] = set()
         self.watched: list[tuple[int, torch.Tensor, int]] = []
@@ -165,7 +165,7 @@ class RegionFunction(torch.autograd.Function):
     @staticmethod
     def forward(region: Region, tape: Tape, token: torch.Tensor, *arguments: torch.Tensor):
         outputs = region.run_forward(tape, arguments)
-        return torch.zeros((), device=token.device), *outputs
+        return torch.empty_like(token), *outputs
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
@@ -186,7 +186,7 @@ class RegionFunction(torch.autograd.Function):
         ctx.maybe_clear_saved_tensors()
         gradients = region.run_backward(tape, arguments)
         wanted = ctx.needs_input_grad[3:]
-        token_gradient = torch.zeros((), device=ctx.token_device) if region.index else None
+        token_gradient = torch.empty(0, device=ctx.token_device) if region.index else None
         return None, None, token_gradient, *(gradients.pop(i, None) if needed else None for i, needed in enumerate(wanted))
 
 

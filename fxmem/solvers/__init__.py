@@ -7,7 +7,7 @@ schedule under a budget, `least_peak` for the smallest, `frontier` for the whole
 
 from __future__ import annotations
 
-from . import auto, search  # noqa: F401  (each registers itself)
+from . import auto, checkmate, chen, per_block, rotor, search  # noqa: F401  (each registers itself)
 from .base import SOLVERS, Solution, register_solver
 from .driver import frontier, least_peak, solve
 

@@ -1,7 +1,8 @@
-"""The default: search, a lower bound, and where the two do not meet on a small graph, the exact program.
+"""The default: the methods of others, search, a lower bound, and where these do not meet on a small graph, the exact program.
 
-The exact program begins from what the search found, as an upper limit on its cost. Whatever fails, the best schedule of the
-others is the answer, and the log tells.
+The methods of others take little time, are starts for the search, and are judged beside it: the answer is never worse than
+theirs. The exact program begins from what the search found, as an upper limit on its cost. Whatever fails, the best schedule
+of the others is the answer, and the log tells.
 """
 
 from __future__ import annotations
@@ -9,22 +10,27 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from .base import Answer, Task, judge, register_solver
+from ..schedule import Schedule, simulate
+from .base import SOLVERS, Answer, Task, judge, register_solver
 from .bound import lower_bound
 from .milp import binaries, milp
 from .search import search
-from .stages import compile_problem
+from .stages import Compiled, compile_problem
 
 MOST_BINARIES = 1_500  # up to which the exact program ends in seconds
 CLOSE = 1e-4  # of a step: not worth closing
+PEERS = ("chen_greedy", "chen_sqrt", "per_block", "recursive", "rotor", "checkmate_lp")
+MOST_FOR_CHECKMATE = 20_000  # stages x storages up to which its linear program takes a second or two
 
 
 @register_solver("auto")
 def auto(task: Task) -> Answer:
-    """Search, bound, and prove where that is cheap."""
+    """Ask the peers, search, bound, and prove where that is cheap."""
     compiled = compile_problem(task.problem)
+    log: list[str] = []
+    task = replace(task, starts=(*task.starts, *_peers(task, compiled, log)))
     answer = search(task)
-    log = list(answer.log)
+    log += answer.log
     unit_s = task.problem.plain_time_s or 1.0
     bound = lower_bound(compiled, task.budget_bytes, task.deadline, log) / unit_s
     if not math.isfinite(bound):
@@ -33,10 +39,22 @@ def auto(task: Task) -> Answer:
     overhead = found[1].overhead if found else math.inf
     proven = False
     if overhead - bound > CLOSE and not answer.stopped and binaries(task.problem, compiled) <= MOST_BINARIES:
-        starts = (*task.starts, *([answer.schedule] if answer.schedule else []))
-        exact = milp(replace(task, starts=starts))
+        exact = milp(replace(task, starts=(found[0],) if found else ()))
         log += exact.log
         proven = exact.proven
         bound = max(bound, exact.lower_bound_overhead)
         found = judge(task, [found and found[0], exact.schedule])
     return Answer(found and found[0], bound, proven, answer.stopped, tuple(log))
+
+
+def _peers(task: Task, compiled: Compiled, log: list[str]) -> list[Schedule]:
+    """The schedules of the peers that fit, where there is time for them."""
+    found = []
+    for name in PEERS:
+        if task.out_of_time or (name == "checkmate_lp" and len(compiled.stages) * len(compiled.sizes) > MOST_FOR_CHECKMATE):
+            break
+        schedule = SOLVERS[name](task).schedule
+        if schedule is not None:
+            log.append(f"{name}: extra time {100 * simulate(task.problem, schedule).overhead:.3f} %")
+            found.append(schedule)
+    return found

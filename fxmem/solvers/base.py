@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from ..errors import FxmemError, InfeasibleBudgetError
 from ..problem import Problem
 from ..schedule import Schedule, Timeline, plain_schedule, simulate
+from .stages import Compiled
+from .state import State
 
 Progress = Callable[[str], None]
 
@@ -96,6 +98,16 @@ def judge(task: Task, candidates: Sequence[Schedule | None]) -> tuple[Schedule, 
         if best is None or key < best[0]:
             best = key, schedule, timeline
     return best and best[1:]
+
+
+def cheapest(task: Task, compiled: Compiled, candidates: Iterable[Sequence[int]]) -> Answer:
+    """The cheapest of some states, as wishes for each stage (see `state`), that fits."""
+    best, best_s = None, float("inf")
+    for wishes in candidates:
+        state = State(compiled, task.budget_bytes, list(wishes))
+        if state.time_s < best_s and simulate(task.problem, schedule := state.schedule()).peak_bytes <= task.budget_bytes:
+            best, best_s = schedule, state.time_s
+    return Answer(best)
 
 
 def describe(overhead: float, bound: float, proven: bool, stopped: bool) -> str:

@@ -20,7 +20,7 @@ class Moves:
     def __init__(self, compiled: Compiled, rng: Random):
         self.compiled, self.rng = compiled, rng
         self.stage_count = len(compiled.stages)
-        self.free = ((1 << len(compiled.sizes)) - 1) & ~compiled.always
+        self.free = compiled.everything & ~compiled.always
         self.runs = [outputs & self.free for outputs in _forward_outputs(compiled)]
         self.first_need = _first_needs(compiled)
         self._outputs = [members(outputs) for outputs in _forward_outputs(compiled)]

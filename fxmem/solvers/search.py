@@ -2,7 +2,7 @@
 
 One seed's result varies by a percentage point. So the first round begins from the advice of the linear relaxation
 (see `bound`), once hot and mostly cool; the next reheat the best so far. Near the least peak such a walk does not come back
-to what fits: there, a round under a larger budget comes first, and the walk follows as the budget shrinks. Where nothing
+to what fits, or only at a high price: there, a round is made under a larger budget, and followed as the budget shrinks. Where nothing
 fits even so, runs that weigh bytes above all look for the least peak (see `minimum`). Every schedule is judged by
 `simulate`; should it see more bytes than the incremental evaluation did, the budget shrinks by the difference.
 """
@@ -18,8 +18,8 @@ from .annealing import Incumbent, Run
 from .base import Answer, Task, register_solver
 from .bound import hint
 from .pool import Pool
+from .segments import starting_states
 from .stages import Compiled, compile_problem
-from .starts import starting_states
 from .state import State
 
 SEEDS = 2  # of a later round: one for each of two processes
@@ -30,6 +30,7 @@ PATIENCE = 2  # rounds in a row that may save less than the part WORTHWHILE of t
 WORTHWHILE = 3e-3
 FIRST_ROUND = ((HOT, 0.2), (COOL, 0.05), (COOL, 0.05), (COLD, 0.2))  # temperature, and what a byte too many weighs at first
 DESCENT = (1.1, 1.05, 1.02, 1.01, 1.005, 1.002, 1.001)  # larger budgets on the way to one that is too tight to begin with
+FAR = 1.5  # times the relaxation's bound: a first round that costs as much has lost its way
 SQUEEZE_WEIGHT = 10.0  # what a byte too many weighs when only bytes matter
 ATTEMPTS = 3
 
@@ -91,8 +92,9 @@ def better(incumbents: list[Incumbent]) -> Incumbent:
 
 def _rounds(task: Task, compiled: Compiled, budget_bytes: int, pool: Pool, log: list[str]) -> Incumbent:
     """First from the relaxation's advice, or by descent; then from the best so far, as long as that saves anything."""
-    first = _first_round(task, compiled, budget_bytes, pool, log)
-    if first.desired is None:
+    advice, bound_s = hint(compiled, budget_bytes, task.deadline)
+    first = _first_round(task, compiled, budget_bytes, advice, pool, log)
+    if not first.stopped and first.time_s > FAR * bound_s:
         first = better([first, _descend(task, compiled, budget_bytes, pool, log)])
     best = better([first_states(task, compiled, budget_bytes), first])
     if best.desired is None:
@@ -111,10 +113,10 @@ def _rounds(task: Task, compiled: Compiled, budget_bytes: int, pool: Pool, log: 
     return best
 
 
-def _first_round(task: Task, compiled: Compiled, budget_bytes: int, pool: Pool, log: list[str]) -> Incumbent:
+def _first_round(
+    task: Task, compiled: Compiled, budget_bytes: int, start: tuple[int, ...], pool: Pool, log: list[str]
+) -> Incumbent:
     """From the relaxation's advice, hot and cool."""
-    advice = hint(compiled, budget_bytes, task.deadline)
-    start = tuple(advice) if advice else ((1 << len(compiled.sizes)) - 1,) * len(compiled.stages)
     run = Run(task.problem, budget_bytes, start, effort(compiled), 0)
     runs = [replace(run, seed=seed, hot=hot, weight=weight) for seed, (hot, weight) in enumerate(FIRST_ROUND)]
     return _round(task, runs, pool, log)
@@ -122,7 +124,9 @@ def _first_round(task: Task, compiled: Compiled, budget_bytes: int, pool: Pool, 
 
 def _descend(task: Task, compiled: Compiled, budget_bytes: int, pool: Pool, log: list[str]) -> Incumbent:
     """A first round under a larger budget, and from its best on under ever smaller ones."""
-    best = _first_round(task, compiled, int(budget_bytes * DESCENT[0]), pool, log)
+    wider_bytes = int(budget_bytes * DESCENT[0])
+    advice, _ = hint(compiled, wider_bytes, task.deadline)
+    best = _first_round(task, compiled, wider_bytes, advice, pool, log)
     if best.desired is None:
         return best
     for number, factor in enumerate((*DESCENT[1:], 1.0)):

@@ -68,6 +68,11 @@ class Compiled:
     last_use: tuple[int, ...]
     forward_inplace: tuple[tuple[tuple[int, int], ...], ...]
 
+    @property
+    def everything(self) -> int:
+        """All bits."""
+        return (1 << len(self.sizes)) - 1
+
     def bytes_of(self, bits: int) -> int:
         """Bytes of a set of storages."""
         return sum(self.sizes[k] for k in members(bits))

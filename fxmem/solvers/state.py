@@ -29,7 +29,7 @@ class State:
 
     def __init__(self, compiled: Compiled, budget_bytes: int, desired: list[int] | None = None):
         self.compiled = compiled
-        self.everything = (1 << len(compiled.sizes)) - 1
+        self.everything = compiled.everything
         self._sizes = {1 << k: size for k, size in enumerate(compiled.sizes)} | {0: 0}
         self._table = {p: (r.inputs, r.outputs, r.extra_bytes, r.inplace) for p, r in compiled.recomputes.items()}
         self._needs = [s.needs for s in compiled.stages]

@@ -9,11 +9,11 @@ import torch
 import torch.utils._pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-OF_AUTOGRAD = ("aten.zeros.", "aten.ones_like.", "aten.detach.")  # tokens and what autograd makes of them
+OF_AUTOGRAD = ("aten.ones_like.", "aten.detach.")
 
 
 class LiveStorages(TorchDispatchMode):
-    """`events`: (operator, bytes alive when it is over) of everything that makes or writes a storage; what is in `before` counts."""
+    """`events`: (operator, bytes alive when it is over) of everything that makes or writes bytes; what is in `before` counts."""
 
     def __init__(self, before: list[torch.Tensor]):
         super().__init__()
@@ -40,4 +40,4 @@ class LiveStorages(TorchDispatchMode):
 
         self._known[key] = weakref.ref(storage, strike)
         self.live_bytes += size_bytes
-        return True
+        return size_bytes > 0  # the tokens between regions have none

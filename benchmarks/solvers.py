@@ -1,0 +1,178 @@
+"""Extra time, peak, lower bound and seconds of every solver: on models planned without being built, or on stored instances.
+
+`python -m benchmarks.solvers` plans the models on fake tensors, with rooflines of two devices. With `--instance FILE...` it
+solves stored joint graphs instead; there, what exists before the step counts neither in the budget nor in the peak.
+`--json` prints a JSON object a line: instance, device, budget (a fraction of the plain peak, or "min"), solver, extra_time
+(recomputed time as a fraction of the plain step's), peak_fraction (of the plain peak), bound (a lower bound on extra_time, or
+null), seconds, outcome ("ok", or why there is no schedule).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+
+import fxmem
+from fxmem.errors import InfeasibleBudgetError
+from fxmem.problem import Problem
+from fxmem.schedule import Schedule, plain_schedule, simulate
+from fxmem.solvers import SOLVERS, least_peak, solve
+from fxmem.solvers.base import Task, find_solver
+
+from .instances import read_instance
+from .models import SOLVER_MODELS
+
+RESULTS = pathlib.Path(__file__).parent / "results" / "solvers.json"
+BUDGETS = "0.7,0.5,0.4,0.33,0.25,min"
+COLUMNS = f"{'instance':<18}{'device':<8}{'budget':>7}  {'solver':<13}{'extra, %':>9}{'peak':>7}{'bound, %':>9}{'seconds':>8}  outcome"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A problem, and what fractions of its plain peak are counted from: the bytes that do not count."""
+
+    instance: str
+    device: str
+    problem: Problem
+    plain_peak_bytes: int
+    uncounted_bytes: int = 0
+
+    def budget_bytes(self, fraction: float) -> int:
+        return self.uncounted_bytes + int(fraction * (self.plain_peak_bytes - self.uncounted_bytes))
+
+    def fraction(self, peak_bytes: int) -> float:
+        return (peak_bytes - self.uncounted_bytes) / (self.plain_peak_bytes - self.uncounted_bytes)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One answer; see the module's docstring."""
+
+    instance: str
+    device: str
+    budget: str
+    solver: str
+    extra_time: float | None
+    peak_fraction: float | None
+    bound: float | None
+    seconds: float
+    outcome: str = "ok"
+
+    @property
+    def line(self) -> str:
+        numbers = (
+            "" if self.extra_time is None else f"{100 * self.extra_time:.2f}",
+            "" if self.peak_fraction is None else f"{self.peak_fraction:.3f}",
+            "" if self.bound is None else f"{100 * self.bound:.2f}",
+        )
+        left = f"{self.instance:<18}{self.device:<8}{self.budget:>7}  {self.solver:<13}"
+        return left + "{:>9}{:>7}{:>9}".format(*numbers) + f"{self.seconds:>8.1f}  {self.outcome}"
+
+
+def rows_of(case: Case, budgets: list[str], solvers: list[str], time_limit_s: float) -> Iterator[Row]:
+    """A row for each budget and solver. The least peak is `auto`'s alone to look for."""
+    for budget in budgets:
+        for solver in solvers:
+            if budget != "min" or solver == "auto":
+                yield _row(case, budget, solver, time_limit_s)
+
+
+def _row(case: Case, budget: str, solver: str, time_limit_s: float) -> Row:
+    begin = time.perf_counter()
+    bound, outcome = None, "ok"
+    try:
+        if budget == "min":
+            solution = least_peak(case.problem, time_limit_s=time_limit_s)
+            schedule, bound = solution.schedule, solution.lower_bound_overhead
+        elif solver == "auto":
+            solution = solve(case.problem, case.budget_bytes(float(budget)), time_limit_s=time_limit_s)
+            schedule, bound = solution.schedule, solution.lower_bound_overhead
+        else:
+            schedule = _alone(case, case.budget_bytes(float(budget)), solver, time_limit_s)
+    except InfeasibleBudgetError as error:
+        schedule, outcome = None, f"infeasible: the least peak met is {case.fraction(error.min_budget_bytes):.3f}"
+    seconds = time.perf_counter() - begin
+    if schedule is None:
+        outcome = "nothing that fits" if outcome == "ok" else outcome
+        return Row(case.instance, case.device, budget, solver, None, None, bound, seconds, outcome)
+    timeline = simulate(case.problem, schedule)
+    return Row(
+        case.instance, case.device, budget, solver, timeline.overhead, case.fraction(timeline.peak_bytes), bound, seconds
+    )  # fmt: skip
+
+
+def _alone(case: Case, budget_bytes: int, solver: str, time_limit_s: float) -> Schedule | None:
+    """What a solver finds by itself, without what `solve` does where it finds nothing."""
+    plain = plain_schedule(case.problem)
+    if simulate(case.problem, plain).peak_bytes <= budget_bytes:
+        return plain
+    schedule = find_solver(solver)(Task(case.problem, budget_bytes, deadline=time.monotonic() + time_limit_s)).schedule
+    fits = schedule is not None and simulate(case.problem, schedule).peak_bytes <= budget_bytes
+    return schedule if fits else None
+
+
+def instance_case(path: str) -> Case:
+    problem = read_instance(path)
+    plain_peak_bytes = simulate(problem, plain_schedule(problem)).peak_bytes
+    return Case(pathlib.Path(path).name.removesuffix(".json.gz"), "", problem, plain_peak_bytes, problem.fixed_bytes)
+
+
+def model_case(name: str, device: str) -> Case:
+    """A model planned on meta tensors: nothing of its size is allocated."""
+    example = SOLVER_MODELS[name]()
+    plan = fxmem.plan(example.module, example.args, example.kwargs, budget=None, cost=device)
+    return Case(name, device, plan.problem, plan.baseline_peak_bytes)
+
+
+def save(row: Row) -> None:
+    """Add the row to the stored results, or put it in place of the one of the same question."""
+    stored = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    key = ("instance", "device", "budget", "solver")
+    rows = {tuple(r[k] for k in key): r for r in (*stored, asdict(row))}
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps(list(rows.values()), indent=1) + "\n")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    solvers = options.solvers.split(",")
+    unknown = [f"solver {s!r}" for s in solvers if s not in SOLVERS]
+    unknown += [f"model {m!r}" for m in options.models.split(",") if m not in SOLVER_MODELS]
+    if unknown:
+        print(f"unknown: {', '.join(unknown)}; solvers: {', '.join(SOLVERS)}; models: {', '.join(SOLVER_MODELS)}", file=sys.stderr)
+        return 2
+    cases: list[Callable[[], Case]] = [lambda path=path: instance_case(path) for path in options.instance]
+    if not options.instance:
+        names, devices = options.models.split(","), options.devices.split(",")
+        cases = [lambda name=name, device=device: model_case(name, device) for name in names for device in devices]
+    if not options.json:
+        print(COLUMNS, flush=True)
+    for make in cases:
+        for row in rows_of(make(), options.budget.split(","), solvers, options.time_limit):
+            print(json.dumps(asdict(row)) if options.json else row.line, flush=True)
+            if not options.instance:
+                save(row)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.solvers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--instance", nargs="+", default=[], metavar="FILE", help="gzipped JSON files instead of models")
+    parser.add_argument("--models", default=",".join(SOLVER_MODELS), help=f"comma-separated (all: {', '.join(SOLVER_MODELS)})")
+    parser.add_argument("--devices", default="P100,H100", help="rooflines that the models are planned with")
+    parser.add_argument("--budget", default=BUDGETS, help='comma-separated fractions of the plain peak, or "min"')
+    parser.add_argument("--solvers", default=",".join(SOLVERS), help="comma-separated")
+    parser.add_argument("--time-limit", type=float, default=60.0, help="seconds for one answer")
+    parser.add_argument("--json", action="store_true", help="print a JSON object a line")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
