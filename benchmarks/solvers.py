@@ -29,7 +29,8 @@ from .models import SOLVER_MODELS
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "solvers.json"
 BUDGETS = "0.7,0.5,0.4,0.33,0.25,min"
-COLUMNS = f"{'instance':<18}{'device':<8}{'budget':>7}  {'solver':<13}{'extra, %':>9}{'peak':>7}{'bound, %':>9}{'seconds':>8}  outcome"
+LAYOUT = "{:<18}{:<8}{:>7}  {:<13}{:>9}{:>7}{:>9}{:>8}  {}"
+COLUMNS = LAYOUT.format("instance", "device", "budget", "solver", "extra, %", "peak", "bound, %", "seconds", "outcome")
 
 
 @dataclass(frozen=True)
@@ -65,13 +66,10 @@ class Row:
 
     @property
     def line(self) -> str:
-        numbers = (
-            "" if self.extra_time is None else f"{100 * self.extra_time:.2f}",
-            "" if self.peak_fraction is None else f"{self.peak_fraction:.3f}",
-            "" if self.bound is None else f"{100 * self.bound:.2f}",
-        )
-        left = f"{self.instance:<18}{self.device:<8}{self.budget:>7}  {self.solver:<13}"
-        return left + "{:>9}{:>7}{:>9}".format(*numbers) + f"{self.seconds:>8.1f}  {self.outcome}"
+        extra, bound = ("" if number is None else f"{100 * number:.2f}" for number in (self.extra_time, self.bound))
+        peak = "" if self.peak_fraction is None else f"{self.peak_fraction:.3f}"
+        names = self.instance, self.device, self.budget, self.solver
+        return LAYOUT.format(*names, extra, peak, bound, f"{self.seconds:.1f}", self.outcome)
 
 
 def rows_of(case: Case, budgets: list[str], solvers: list[str], time_limit_s: float) -> Iterator[Row]:
@@ -144,7 +142,9 @@ def main(arguments: list[str] | None = None) -> int:
     unknown = [f"solver {s!r}" for s in solvers if s not in SOLVERS]
     unknown += [f"model {m!r}" for m in options.models.split(",") if m not in SOLVER_MODELS]
     if unknown:
-        print(f"unknown: {', '.join(unknown)}; solvers: {', '.join(SOLVERS)}; models: {', '.join(SOLVER_MODELS)}", file=sys.stderr)
+        print(
+            f"unknown: {', '.join(unknown)}; solvers: {', '.join(SOLVERS)}; models: {', '.join(SOLVER_MODELS)}", file=sys.stderr
+        )
         return 2
     cases: list[Callable[[], Case]] = [lambda path=path: instance_case(path) for path in options.instance]
     if not options.instance:

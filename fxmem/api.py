@@ -15,8 +15,8 @@ from torch import nn
 from .baseline import EagerTimeline, eager_timeline
 from .budget import Budget, parse_budget
 from .capture import Capture, capture, example_inputs_of
-from .codegen.partition import partition
 from .codegen.calls import canonical_call
+from .codegen.partition import partition
 from .codegen.planned import PlannedModule, assemble, check_names
 from .cost import CostModel, OpCall, cost_model, workspace_bytes
 from .errors import BudgetError, CaptureError
@@ -26,6 +26,7 @@ from .plans import Frontier, Plan
 from .solvers import Solution
 from .solvers import frontier as solve_frontier
 from .solving import choose
+from .torch_budget import partitioner_schedules
 from .torch_internals import FakeTensor, pytree
 
 log = logging.getLogger(__name__)
@@ -63,7 +64,12 @@ def transform(
     """
     wanted = parse_budget(budget, max_overhead)
     options = dict(
-        budget=budget, max_overhead=max_overhead, cost=cost, solver=solver, time_limit_s=time_limit_s, output_gradients=output_gradients
+        budget=budget,
+        max_overhead=max_overhead,
+        cost=cost,
+        solver=solver,
+        time_limit_s=time_limit_s,
+        output_gradients=output_gradients,
     )
     module, args, kwargs = _example_call(module, example_inputs, example_kwargs)
     check_names(module)
@@ -163,7 +169,8 @@ def _prepare(module: nn.Module, args: tuple, kwargs: dict, cost: str | CostModel
 
 def _plan(prepared: _Prepared, budget: Budget, solver: str, time_limit_s: float) -> Plan:
     plain_peak_bytes = prepared.baseline.peak_bytes
-    solution = choose(prepared.lowered.problem, budget, plain_peak_bytes, solver, time_limit_s)
+    starts = partitioner_schedules(prepared.captured.joint, prepared.lowered) if solver == "torch_budget" else ()
+    solution = choose(prepared.lowered.problem, budget, plain_peak_bytes, solver, time_limit_s, starts)
     budget_bytes = None if budget.is_free else budget.resolve(plain_peak_bytes) or solution.timeline.peak_bytes
     return prepared.plan(solution, budget_bytes)
 
@@ -177,7 +184,9 @@ def _workspace(operator: Any, args: tuple, kwargs: dict, result: Any) -> int:
     return workspace_bytes(OpCall(operator, args, kwargs, result))
 
 
-def _example_call(module: nn.Module, args: Sequence[Any] | None, kwargs: Mapping[str, Any] | None) -> tuple[nn.Module, tuple, dict]:
+def _example_call(
+    module: nn.Module, args: Sequence[Any] | None, kwargs: Mapping[str, Any] | None
+) -> tuple[nn.Module, tuple, dict]:
     """The module to plan (of a planned one, what it was made from), and the example call in its canonical form."""
     if isinstance(module, PlannedModule):
         module = module.source
@@ -185,7 +194,9 @@ def _example_call(module: nn.Module, args: Sequence[Any] | None, kwargs: Mapping
         raise CaptureError(f"fxmem transforms torch.nn.Module objects; a {type(module).__name__} was given")
     inner = next((name for name, m in module.named_modules() if isinstance(m, PlannedModule)), None)
     if inner is not None:
-        raise CaptureError(f"submodule {inner!r} is a planned module already: transform the whole with its plain module (its `source`)")
+        raise CaptureError(
+            f"submodule {inner!r} is a planned module already: transform the whole with its plain module (its `source`)"
+        )
     if args is None and not kwargs:
         args = example_inputs_of(module)
     if isinstance(args, torch.Tensor):
@@ -203,16 +214,21 @@ def _default_cost(module: nn.Module, args: tuple, kwargs: dict) -> str:
 
 
 def _device(module: nn.Module, args: tuple, kwargs: dict) -> torch.device:
-    tensors = (t for t in (*module.parameters(), *module.buffers(), *pytree.tree_leaves((args, kwargs))) if isinstance(t, torch.Tensor))
+    tensors = (
+        t for t in (*module.parameters(), *module.buffers(), *pytree.tree_leaves((args, kwargs))) if isinstance(t, torch.Tensor)
+    )
     return next((t.device for t in tensors if not t.is_meta), torch.device("cpu"))
 
 
 def _warn_of_hooks(module: nn.Module) -> None:
     """Hooks on submodules are traced, but do not fire inside a region."""
-    hooked = [name for name, m in module.named_modules() if name and (m._forward_hooks or m._forward_pre_hooks or m._backward_hooks)]
+    hooked = [
+        name for name, m in module.named_modules() if name and (m._forward_hooks or m._forward_pre_hooks or m._backward_hooks)
+    ]
     if hooked:
         log.warning(
-            "hooks on submodules do not run in a planned step, which only repeats what they compute: %s has some (%d modules in all)",
+            "hooks on submodules do not run in a planned step, which only repeats what they compute: %s has some "
+            "(%d modules in all)",
             hooked[0],
             len(hooked),
         )

@@ -71,7 +71,9 @@ def eager_timeline(
         return _run(module, {**parameters, **buffers}, inputs, given, ledger, roots_of)
 
 
-def _run(module: nn.Module, state: dict, inputs: tuple, given: list | None, ledger: _Ledger, roots_of: Callable) -> EagerTimeline:
+def _run(
+    module: nn.Module, state: dict, inputs: tuple, given: list | None, ledger: _Ledger, roots_of: Callable
+) -> EagerTimeline:
     """Forward and backward under the ledger's eyes; the outputs that the backward starts from live to the end."""
     with ledger:
         roots = roots_of(torch.func.functional_call(module, state, *inputs))

@@ -64,7 +64,9 @@ class Capture:
     call: tuple[tuple, dict[str, Any]]
 
 
-def capture(module: nn.Module, args: tuple, kwargs: Mapping[str, Any], output_gradients: str | Sequence[int] | None = None) -> Capture:
+def capture(
+    module: nn.Module, args: tuple, kwargs: Mapping[str, Any], output_gradients: str | Sequence[int] | None = None
+) -> Capture:
     """Capture `module` called with `*args, **kwargs` (real, fake or meta tensors) as one joint graph.
 
     output_gradients: which output leaves get a gradient: None (the scalar ones if there is any, else all), "all", or their
@@ -91,7 +93,9 @@ def example_inputs_of(graph_module: nn.Module) -> tuple[torch.Tensor, ...]:
 
     Raises CaptureError where there are neither.
     """
-    placeholders = [n for n in graph_module.graph.nodes if n.op == "placeholder"] if isinstance(graph_module, fx.GraphModule) else []
+    placeholders = (
+        [n for n in graph_module.graph.nodes if n.op == "placeholder"] if isinstance(graph_module, fx.GraphModule) else []
+    )
     found = []
     device = next((p.device for p in graph_module.parameters()), torch.device("cpu"))
     mode = FakeTensorMode()
@@ -106,7 +110,8 @@ def example_inputs_of(graph_module: nn.Module) -> tuple[torch.Tensor, ...]:
     if not placeholders or len(found) < len(placeholders):
         raise CaptureError(
             f"no example inputs were given, and {type(graph_module).__name__} carries no shapes: pass example_inputs=(x, ...), "
-            'or a GraphModule whose placeholders carry meta["val"] or meta["tensor_meta"] (torch.fx.passes.shape_prop.ShapeProp)'
+            'or a GraphModule whose placeholders carry meta["val"] or meta["tensor_meta"] '
+            "(torch.fx.passes.shape_prop.ShapeProp)"
         )
     return tuple(found)
 
@@ -121,10 +126,14 @@ def _check_devices(module: nn.Module, args: tuple, kwargs: dict) -> None:
     real = {device: name for device, name in devices.items() if device.type != "meta"}
     if len(real) > 1:
         listed = ", ".join(f"{name!r} on {device}" for device, name in real.items())
-        raise CaptureError(f"the module and its inputs are on several devices ({listed}): move all of them to one with .to(device)")
+        raise CaptureError(
+            f"the module and its inputs are on several devices ({listed}): move all of them to one with .to(device)"
+        )
     absent = next((device for device in real if device.type == "cuda" and not torch.cuda.is_available()), None)
     if absent is not None:  # PyTorch would end the process
-        raise CaptureError(f"no gradients can be traced on {absent} where no such device is: give meta or CPU tensors, and cost=\"A100\", say")
+        raise CaptureError(
+            f'no gradients can be traced on {absent} where no such device is: give meta or CPU tensors, and cost="A100", say'
+        )
 
 
 def _without_meta(module: nn.Module) -> nn.Module:
@@ -146,7 +155,9 @@ def _fake_state(mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:
 
 def _fake_inputs(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """The inputs as fake tensors on the module's device, with shapes, strides and requires_grad as given."""
-    tensors = [t for t in (*module.parameters(), *module.buffers(), *pytree.tree_leaves((args, kwargs))) if isinstance(t, torch.Tensor)]
+    tensors = [
+        t for t in (*module.parameters(), *module.buffers(), *pytree.tree_leaves((args, kwargs))) if isinstance(t, torch.Tensor)
+    ]
     device = next((t.device for t in tensors if not t.is_meta), torch.device("cpu"))
     mode = next((t.fake_mode for t in tensors if isinstance(t, FakeTensor)), None) or FakeTensorMode()
 
@@ -154,7 +165,9 @@ def _fake_inputs(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, d
         if not isinstance(leaf, torch.Tensor) or (isinstance(leaf, FakeTensor) and leaf.fake_mode is mode):
             return leaf
         with mode:
-            made = torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=device if leaf.is_meta else leaf.device)
+            made = torch.empty_strided(
+                leaf.shape, leaf.stride(), dtype=leaf.dtype, device=device if leaf.is_meta else leaf.device
+            )
         return made.requires_grad_(leaf.requires_grad)
 
     return pytree.tree_map(fake, (args, kwargs))
@@ -170,7 +183,11 @@ def _input_names(module: nn.Module, args: tuple, kwargs: dict) -> list[str]:
     parameters = inspect.signature(module.forward).parameters.values()
     positional = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     tops = [(positional[i] if i < len(positional) else f"argument {i}", value) for i, value in enumerate(args)]
-    return [name + pytree.keystr(path) for name, value in (*tops, *kwargs.items()) for path, _ in pytree.tree_leaves_with_path(value)]
+    return [
+        name + pytree.keystr(path)
+        for name, value in (*tops, *kwargs.items())
+        for path, _ in pytree.tree_leaves_with_path(value)
+    ]
 
 
 def _torch_level(module: nn.Module, args: tuple, kwargs: dict) -> tuple[fx.GraphModule, tuple, dict]:
@@ -196,7 +213,8 @@ def _check_recurrent(graph_module: fx.GraphModule) -> None:
         called = str(node.target) if node.op == "call_function" else ""
         if isinstance(layer, nn.RNNBase) or re.search(r"\b(lstm|gru|rnn_tanh|rnn_relu)\b", called):
             raise CaptureError(
-                f"{source_of(node)} is a recurrent layer, of which PyTorch's tracing loses the dropout between its layers and the fused "
+                f"{source_of(node)} is a recurrent layer, of which PyTorch's tracing loses the dropout between "
+                "its layers and the fused "
                 "kernel: unroll it with nn.LSTMCell or nn.GRUCell, or transform the modules around it one by one"
             )
 
@@ -209,12 +227,14 @@ def _check_assignments(module: nn.Module, traced: fx.GraphModule, assignments: l
         before = _attribute(module, name)
         if found.is_buffer:
             raise CaptureError(
-                f"buffer {name!r} is replaced by a new tensor, at {found.where}: a planned module can only write into its buffers, as "
+                f"buffer {name!r} is replaced by a new tensor, at {found.where}: a planned module can only write "
+                "into its buffers, as "
                 f"in self.{found.name}.copy_(value)"
             )
         if isinstance(before, (bool, int, float, str)) or id(before) in read:
             raise CaptureError(
-                f"attribute {name!r} is changed by the module's Python code, at {found.where}, and a planned step would never see it "
+                f"attribute {name!r} is changed by the module's Python code, at {found.where}, and a planned step "
+                "would never see it "
                 "move: make it a buffer and write into it, or change it outside of forward"
             )
         log.warning("attribute %r, set at %s, is left alone by planned steps", name, found.where)
@@ -284,7 +304,8 @@ def _choose_differentiated(attached: dict[int, torch.Tensor], wanted: str | Sequ
         return tuple(i for i, value in attached.items() if value.dim() == 0) or tuple(attached)
     if isinstance(wanted, str) or not wanted or any(i not in attached for i in wanted):
         raise CaptureError(
-            f'output_gradients={wanted!r}: allowed are None, "all", or indices among {tuple(attached)}, the output leaves that need gradients'
+            f'output_gradients={wanted!r}: allowed are None, "all", or indices among {tuple(attached)}, the '
+            "output leaves that need gradients"
         )
     return tuple(sorted(wanted))
 

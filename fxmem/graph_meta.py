@@ -29,7 +29,7 @@ def module_of(node: fx.Node) -> str:
 
 
 def source_of(node: fx.Node) -> str:
-    """"node 'add_1' of module 'layer1.0', at model.py:12" as far as it is known."""
+    """ "node 'add_1' of module 'layer1.0', at model.py:12" as far as it is known."""
     path = module_of(node)
     where = f" of module {path!r}" if path else ""
     frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")

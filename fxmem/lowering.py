@@ -6,7 +6,6 @@ it again from its base for free. Order is the graph's own.
 
 from __future__ import annotations
 
-
 from dataclasses import dataclass
 
 import torch
@@ -35,7 +34,7 @@ BATCH_NORM = aten._native_batch_norm_legit_functional.default
 
 @dataclass(frozen=True)
 class Lowered:
-    """A Problem and the graph nodes that its operators stand for: `nodes[i]` is operator i (a variant names the node it stands in for)."""
+    """A Problem and the nodes that its operators stand for: `nodes[i]` is operator i; a variant names what it stands in for."""
 
     problem: Problem
     nodes: tuple[fx.Node, ...]
@@ -101,7 +100,7 @@ def _outputs(graph_module: fx.GraphModule, infos: tuple[StorageInfo, ...]) -> fr
 
 
 def _return_operator(graph_module: fx.GraphModule, infos: tuple[StorageInfo, ...]) -> Operator:
-    """The end of the forward: every output is there. Those that get no gradient may die here, since a training step drops them."""
+    """The end of the forward: every output is there. Those that get no gradient may die here: a training step drops them."""
     inputs = _returned(graph_module, ("output", "output_only"), infos)
     return Operator("return", tuple(dict.fromkeys(inputs)), (), recomputable=False)
 
@@ -110,7 +109,9 @@ def _returned(graph_module: fx.GraphModule, kinds: tuple[str, ...], infos: tuple
     """Storages of the graph's results whose roles are of the given kinds, where no roles are known of all."""
     output = graph_module.graph.output_node()
     roles = output.meta.get("fxmem_roles")
-    nodes = output.all_input_nodes if roles is None else [v for v, r in zip(output.args[0], roles, strict=True) if r.kind in kinds]
+    nodes = (
+        output.all_input_nodes if roles is None else [v for v, r in zip(output.args[0], roles, strict=True) if r.kind in kinds]
+    )
     return [s for n in nodes for s in n.meta["fxmem_storages"]]
 
 

@@ -156,8 +156,8 @@ class _Step:
             tensor.grad = None
 
     def _forward_backward(self) -> Any:
-        """Returns the outputs that the backward starts from, which live to the end of the step; the others are dropped first, as in
-        `loss = model(batch).loss; loss.backward()`."""
+        """Returns the outputs that the backward starts from, which live to the end of the step; the others are dropped first,
+        as in `loss = model(batch).loss; loss.backward()`."""
         roots = self._roots(self.module(*self.args, **self.kwargs))
         if len(roots) != len(self.gradients):
             raise MeasureError(f"{len(self.gradients)} output gradients were given for {len(roots)} outputs that require grad")
@@ -231,7 +231,9 @@ def _own_leaves(tree: Any) -> Any:
 def _one_device(tensors: Iterable[torch.Tensor]) -> torch.device:
     devices = {t.device for t in tensors}
     if len(devices) > 1:
-        raise MeasureError(f"parameters, buffers and inputs lie on several devices ({', '.join(sorted(map(str, devices)))}); move them to one")
+        raise MeasureError(
+            f"parameters, buffers and inputs lie on several devices ({', '.join(sorted(map(str, devices)))}); move them to one"
+        )
     return devices.pop() if devices else torch.device("cpu")
 
 

@@ -1,4 +1,4 @@
-"""Plan: what was decided for one module, one kind of input and one budget; plain data, and the account of it that people read."""
+"""Plan: what was decided for one module, one kind of input and one budget: plain data, and the account that people read."""
 
 from __future__ import annotations
 
@@ -83,5 +83,7 @@ class Frontier(Sequence):
         return iter(self.plans)
 
     def __str__(self) -> str:
-        rows = [f"{plan.predicted_peak_bytes:>20,} {100 * plan.predicted_overhead:>11.1f} %  {plan.status}" for plan in self.plans]
+        rows = [
+            f"{plan.predicted_peak_bytes:>20,} {100 * plan.predicted_overhead:>11.1f} %  {plan.status}" for plan in self.plans
+        ]
         return "\n".join([f"{'peak (bytes)':>20} {'extra time':>13}  status", *rows])

@@ -140,13 +140,16 @@ def _check(problem: Problem) -> None:
 def _check_producer(problem: Problem, index: int, operator: Operator, available: set[int]) -> None:
     again = [s for s in operator.outputs if s in available]
     if index < problem.num_program and again:
-        raise ProblemError(f"operator {operator.name!r} makes storage {problem.storages[again[0]].name!r}, which exists already")
+        raise ProblemError(
+            f"operator {operator.name!r} makes storage {problem.storages[again[0]].name!r}, which exists already"
+        )
     if index >= problem.num_program:
         forward_made = {s for o in problem.operators[: problem.num_forward] for s in o.outputs}
         foreign = [s for s in operator.outputs if s not in forward_made]
         if foreign:
             raise ProblemError(
-                f"variant {operator.name!r} makes storage {problem.storages[foreign[0]].name!r}, which no forward operator makes"
+                f"variant {operator.name!r} makes storage {problem.storages[foreign[0]].name!r}, which no forward "
+                "operator makes"
             )
 
 
@@ -159,7 +162,9 @@ def _check_operator(problem: Problem, operator: Operator) -> None:
     _check_cost(who, "workspace_bytes", operator.workspace_bytes)
     for source, target in operator.inplace:
         if source not in operator.inputs or target not in operator.outputs:
-            raise ProblemError(f"{who} has the in-place pair {(source, target)}, which is not (one of its inputs, one of its outputs)")
+            raise ProblemError(
+                f"{who} has the in-place pair {(source, target)}, which is not (one of its inputs, one of its outputs)"
+            )
 
 
 def _check_indices(what: str, indices: Iterable[int], count: int) -> None:

@@ -1,4 +1,4 @@
-"""What the placeholders and outputs of a joint graph are to the user: parameters, buffers, inputs, gradients of these, outputs."""
+"""What a joint graph's placeholders and outputs are to the user: parameters, buffers, inputs, gradients of these, outputs."""
 
 from __future__ import annotations
 
@@ -88,7 +88,8 @@ def _refuse_mutations(joint: fx.GraphModule, naming: _Naming, input_names: list[
         if role.kind != "buffer":
             name = input_names[role.key] if role.kind == "input" else role.key
             raise CaptureError(
-                f"{role.kind} {name!r} is changed in place by the module ({source_of(value)}): a planned module may only change "
+                f"{role.kind} {name!r} is changed in place by the module ({source_of(value)}): a planned module "
+                "may only change "
                 "buffers; work on a clone of it instead"
             )
 
@@ -163,7 +164,8 @@ def _lift_constant(joint: fx.GraphModule, node: fx.Node) -> torch.Tensor:
     value = getattr(joint, node.target, None)
     if not isinstance(value, torch.Tensor):
         raise CaptureError(
-            f"{source_of(next(iter(node.users)))} is a higher-order operator (it runs a graph of its own), which fxmem cannot plan yet: "
+            f"{source_of(next(iter(node.users)))} is a higher-order operator (it runs a graph of its own), which "
+            "fxmem cannot plan yet: "
             "keep it outside of the transformed module"
         )
     first = next(iter(joint.graph.nodes))

@@ -93,7 +93,9 @@ def simulate(problem: Problem, schedule: Schedule) -> Timeline:
     )
 
 
-def inplace_pair(problem: Problem, operator: Operator, dying: Container[int], again: Container[int] = ()) -> tuple[int, int] | None:
+def inplace_pair(
+    problem: Problem, operator: Operator, dying: Container[int], again: Container[int] = ()
+) -> tuple[int, int] | None:
     """The (input, output) pair that `operator` runs in place when the storages in `dying` die in it, or None.
 
     What is fixed or lives to the end never dies, so it is never written over. `again`: outputs that are alive already.

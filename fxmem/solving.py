@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from .budget import Budget
 from .problem import Problem
-from .schedule import plain_schedule, simulate
+from .schedule import Schedule, plain_schedule, simulate
 from .solvers import Solution, least_peak, solve
 
 
-def choose(problem: Problem, budget: Budget, plain_peak_bytes: int, solver: str = "auto", time_limit_s: float = 60.0) -> Solution:
+def choose(
+    problem: Problem,
+    budget: Budget,
+    plain_peak_bytes: int,
+    solver: str = "auto",
+    time_limit_s: float = 60.0,
+    starts: Sequence[Schedule] = (),
+) -> Solution:
     """The Solution of `problem` for `budget`, of which a fraction is one of `plain_peak_bytes`.
 
     Raises InfeasibleBudgetError.
     """
-    if budget.is_free:
-        return solve(problem, simulate(problem, plain_schedule(problem)).peak_bytes, solver=solver, time_limit_s=time_limit_s)
-    size_bytes = budget.resolve(plain_peak_bytes)
+    size_bytes = simulate(problem, plain_schedule(problem)).peak_bytes if budget.is_free else budget.resolve(plain_peak_bytes)
     if size_bytes is None:
-        return least_peak(problem, max_overhead=budget.max_overhead, time_limit_s=time_limit_s)
-    return solve(problem, size_bytes, solver=solver, time_limit_s=time_limit_s)
+        return least_peak(problem, max_overhead=budget.max_overhead, time_limit_s=time_limit_s, starts=starts)
+    return solve(problem, size_bytes, solver=solver, time_limit_s=time_limit_s, starts=starts)

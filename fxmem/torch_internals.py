@@ -6,6 +6,7 @@ what the joint graph's placeholders and outputs mean                  torch._fun
 pytree                                                                torch.utils._pytree
 OpOverload          what an operator of the dispatcher is             torch._ops
 fake tensors                                                          torch._subclasses.fake_tensor
+saved_by_partitioner   what PyTorch itself would keep                 torch._functorch.partitioners
 cpu_memory_events   the CPU allocator's events, by the profiler       kineto_results of torch.autograd.profiler
 TorchDispatchMode, and real tensors inside such modes (real_tensors)   torch.utils._python_dispatch
 """
@@ -34,8 +35,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 __all__ = [
-    "Assignment", "FakeTensor", "FakeTensorMode", "OpOverload", "TorchDispatchMode", "cpu_memory_events", "dynamo_graph", "fake_mode_of", "input_role",
-    "joint_graph", "output_role", "pytree", "real_tensors", "restore_rng",
+    "Assignment", "FakeTensor", "FakeTensorMode", "OpOverload", "TorchDispatchMode", "cpu_memory_events", "dynamo_graph",
+    "fake_mode_of", "input_role", "joint_graph", "output_role", "pytree", "real_tensors", "restore_rng", "saved_by_partitioner",
 ]  # fmt: skip
 
 
@@ -109,12 +110,24 @@ def _is_written_in_place(value: Any) -> bool:
 
 
 def _register_cache_outputs() -> None:
-    """Transformers' key-value caches come out of most of its models but are no pytrees until its own export support says so."""
+    """Transformers' key-value caches come out of most of its models but are no pytrees until its own export support says so;
+    the pair of them that encoder-decoders give is none even then."""
     if "transformers.cache_utils" in sys.modules:
         with contextlib.suppress(ImportError, RuntimeError):  # RuntimeError: it imports a torchvision made for another torch
             from transformers.integrations.executorch import register_dynamic_cache_export_support
 
             register_dynamic_cache_export_support()
+        with contextlib.suppress(ImportError, ValueError):  # ValueError: it is registered
+            from transformers.cache_utils import EncoderDecoderCache
+
+            names = "self_attention_cache", "cross_attention_cache"
+            pytree.register_pytree_node(
+                EncoderDecoderCache,
+                lambda cache: ([getattr(cache, name) for name in names], None),
+                lambda caches, _: EncoderDecoderCache(*caches),
+                serialized_type_name="transformers.cache_utils.EncoderDecoderCache",
+                flatten_with_keys_fn=lambda cache: ([(pytree.GetAttrKey(n), getattr(cache, n)) for n in names], None),
+            )
 
 
 def joint_graph(graph_module: fx.GraphModule, args: tuple, kwargs: dict) -> tuple[fx.GraphModule, Any]:
@@ -127,9 +140,22 @@ def joint_graph(graph_module: fx.GraphModule, args: tuple, kwargs: dict) -> tupl
         return joint.graph_module, joint.out_spec
 
 
+def saved_by_partitioner(joint: fx.GraphModule, forward_outputs: int, fraction: float) -> set[str]:
+    """Names of the nodes that PyTorch's partitioner keeps for the backward at `activation_memory_budget=fraction`.
+
+    joint: placeholders called primals_* and tangents_*, the first `forward_outputs` outputs the forward's; it is changed.
+    """
+    from torch._functorch import config
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+
+    with config.patch(activation_memory_budget=fraction, cse=False):
+        forward, _ = min_cut_rematerialization_partition(joint, None, num_fwd_outputs=forward_outputs)
+    return {n.name for n in forward.graph.output_node().args[0][forward_outputs:] if isinstance(n, fx.Node)}
+
+
 @contextlib.contextmanager
 def fake_mode_of(tree: Any, allow_real: bool = False) -> Iterator[FakeTensorMode]:
-    """The fake mode of the fake tensors in `tree` (a new one if there are none), switched on; real tensors may mix in if allowed."""
+    """The fake mode of the fake tensors in `tree` (a new one if there are none), on; real tensors may mix in if allowed."""
     mode = next((t.fake_mode for t in pytree.tree_leaves(tree) if isinstance(t, FakeTensor)), None) or FakeTensorMode()
     before, mode.allow_non_fake_inputs = mode.allow_non_fake_inputs, allow_real
     try:
@@ -192,7 +218,11 @@ def cpu_memory_events(run: Callable[[], Any]) -> tuple[Any, list[int]]:
         if level is None:
             os.environ.pop("KINETO_LOG_LEVEL", None)
     events = profiler.kineto_results.events()
-    memory = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]" and e.device_type() == torch.autograd.DeviceType.CPU]
+    memory = [
+        (e.start_ns(), e.nbytes())
+        for e in events
+        if e.name() == "[memory]" and e.device_type() == torch.autograd.DeviceType.CPU
+    ]
     return result, [size for _, size in sorted(memory, key=lambda event: event[0])]
 
 

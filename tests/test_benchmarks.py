@@ -1,12 +1,16 @@
-"""The benchmark on a model of a few kilobytes: all methods make their rows, which are stored, replaced and shown."""
+"""The benchmarks on models of a few kilobytes: all methods make their rows, which are stored, replaced and shown."""
+
+import json
+from dataclasses import fields
 
 import pytest
 import torch
+from helpers.instances import FOLDER
 from torch import nn
 
-from benchmarks import results, step, tables
+from benchmarks import results, solvers, step, tables
 from benchmarks.compare import difference, step_result
-from benchmarks.models import MODELS, Example
+from benchmarks.models import MODELS, SOLVER_MODELS, Example, on_meta
 from benchmarks.peers import checkpointed
 
 
@@ -65,3 +69,33 @@ def test_difference():
     other = step_result(example.module, example, seed=2)
     apart = difference(plain, other)
     assert apart.gradient > 0 and not apart.equal_outputs and apart.equal_buffers is False
+
+
+def test_solvers_on_a_stored_instance(capsys):
+    file = str(FOLDER / "unet_8.json.gz")
+    assert solvers.main(["--instance", file, "--budget", "0.5,0.1,min", "--solvers", "auto,rotor,per_block", "--json"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    found = {(row["budget"], row["solver"]): row for row in rows}
+    assert set(rows[0]) == {f.name for f in fields(solvers.Row)} and rows[0]["instance"] == "unet_8"
+    half, other, least = found["0.5", "auto"], found["0.5", "rotor"], found["min", "auto"]
+    assert (
+        half["bound"] <= half["extra_time"] < 0.066 < other["extra_time"]
+        and max(half["peak_fraction"], other["peak_fraction"]) <= 0.5
+    )
+    assert found["0.5", "per_block"]["outcome"] == "nothing that fits" and "infeasible" in found["0.1", "auto"]["outcome"]
+    assert 0.232 < least["peak_fraction"] < 0.235 and ("min", "rotor") not in found
+
+
+def test_solvers_on_a_model_that_is_never_built(capsys, monkeypatch, tmp_path):
+    monkeypatch.setitem(SOLVER_MODELS, "tiny", on_meta(tiny))
+    monkeypatch.setattr(solvers, "RESULTS", tmp_path / "solvers.json")
+    for _ in range(2):
+        assert solvers.main(["--models", "tiny", "--devices", "P100", "--budget", "0.8", "--solvers", "auto,chen_sqrt"]) == 0
+    stored = json.loads(solvers.RESULTS.read_text())
+    assert [row["solver"] for row in stored] == ["auto", "chen_sqrt"] and stored[0]["extra_time"] <= stored[1]["extra_time"]
+    assert capsys.readouterr().out.count("tiny") == 4
+
+
+def test_solvers_that_are_not_there(capsys):
+    assert solvers.main(["--solvers", "gurobi", "--models", "alexnet"]) == 2
+    assert "solver 'gurobi', model 'alexnet'" in capsys.readouterr().err

@@ -108,7 +108,17 @@ def test_picking_a_result_costs_nothing():
 
 def conv_args(stride=1, channels=32, size=16, kernel=3):
     padding = kernel // 2
-    return (rand(4, channels, size, size), rand(48, channels, kernel, kernel), None, [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], 1)
+    return (
+        rand(4, channels, size, size),
+        rand(48, channels, kernel, kernel),
+        None,
+        [stride] * 2,
+        [padding] * 2,
+        [1, 1],
+        False,
+        [0, 0],
+        1,
+    )
 
 
 def conv_backward_args(stride=1, **shape):
@@ -189,8 +199,10 @@ def test_most_operators_take_no_workspace(target):
         (aten.gather.default, (rand(8, 10), 1, torch.zeros(8, 1, dtype=torch.int64))),
         (aten.index.Tensor, (rand(8, 10), [None, torch.zeros(3, dtype=torch.int64)])),
         (aten.index_put.default, (rand(8, 10), [torch.zeros(3, dtype=torch.int64)], rand(3, 10), True)),
-        (aten.max_pool2d_with_indices_backward.default, (rand(1, 2, 4, 4), rand(1, 2, 8, 8), [2, 2], [2, 2], [0, 0], [1, 1], False,
-                                                         torch.zeros(1, 2, 4, 4, dtype=torch.int64))),
+        (
+            aten.max_pool2d_with_indices_backward.default,
+            (rand(1, 2, 4, 4), rand(1, 2, 8, 8), [2, 2], [2, 2], [0, 0], [1, 1], False, torch.zeros(1, 2, 4, 4).long()),
+        ),
         (aten.bernoulli.default, (rand(8),)),
         (aten.masked_fill.Scalar, (rand(8), rand(8) > 0.5, 0.0)),
         (aten.view_as_real.default, (torch.zeros(8, dtype=torch.complex64),)),

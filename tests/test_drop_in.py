@@ -346,7 +346,7 @@ def test_a_gradient_of_an_output_that_was_planned_without():
 
 @pytest.mark.parametrize("budget", [None, "min"])
 def test_nothing_outlives_its_use(budget):
-    """No reference cycles: what a call holds is gone with its outputs, and after the backward, without the garbage collector."""
+    """No reference cycles: what a call holds is gone with its outputs and after the backward, without the garbage collector."""
     _, planned, args = pair(budget=budget)
     out = planned(*args)
     held = [weakref.ref(t) for t in out.grad_fn.tape.values.values()]

@@ -5,10 +5,13 @@ from dataclasses import replace
 from random import Random
 
 import pytest
+import torch
 from helpers.instances import load_instance
+from helpers.models import Transformer
 from helpers.problems import chain, random_problem
 
-from fxmem.errors import InfeasibleBudgetError
+import fxmem
+from fxmem.errors import FxmemError, InfeasibleBudgetError
 from fxmem.problem import Problem
 from fxmem.schedule import plain_schedule, simulate
 from fxmem.solvers import SOLVERS, least_peak, solve
@@ -47,7 +50,8 @@ def test_one_level_of_segments_runs_the_forward_at_most_twice():
 def test_segments_in_segments_go_lower_than_one_level():
     problem = chain(64)
     reached = {
-        name: min(b for b in range(50, 700, 10) if timeline(name, problem, b) is not None) for name in ("chen_sqrt", "recursive")
+        name: min(b for b in range(50, 700, 10) if timeline(name, problem, b) is not None)
+        for name in ("chen_sqrt", "recursive")
     }
     assert reached["recursive"] < reached["chen_sqrt"] < 2.5 * 10 * math.sqrt(64) + 50
 
@@ -63,9 +67,7 @@ def test_the_recursion_over_a_chain_is_no_worse_than_segments_of_one_length():
 def test_blocks_are_what_the_module_paths_say():
     problem = chain(9)
     paths = ["stem", *(f"layers.{k // 2}.{name}" for k, name in enumerate(("conv", "relu") * 3)), "head", "loss"]
-    operators = tuple(
-        replace(o, module=paths[i]) if i < problem.num_forward else o for i, o in enumerate(problem.operators)
-    )
+    operators = tuple(replace(o, module=paths[i]) if i < problem.num_forward else o for i, o in enumerate(problem.operators))
     problem = replace(problem, operators=operators)
     schedule = SOLVERS["per_block"](Task(problem, 110)).schedule
     again = sorted(schedule.steps)
@@ -118,3 +120,20 @@ def test_without_any_time_there_is_a_plan():
     solution = solve(problem, budget_of(problem, 0.4), time_limit_s=0.0)
     assert solution.timeline.peak_bytes <= budget_of(problem, 0.4)
     assert "time limit" in solution.status
+
+
+def test_what_stands_in_for_a_solver_that_finds_nothing():
+    problem = chain(24)
+    solution = solve(problem, 80, solver="per_block")
+    assert solution.timeline.peak_bytes <= 80
+    assert "per_block found nothing that fits" in solution.status and solution.solver == "auto"
+
+
+def test_the_partitioners_decisions_are_read_from_a_module():
+    args = (torch.randint(0, 50, (4, 64)),)
+    plan = fxmem.plan(Transformer(), args, budget=0.9, solver="torch_budget")
+    best = fxmem.plan(Transformer(), args, budget=0.9)
+    assert plan.solution.solver == "torch_budget" and plan.predicted_peak_bytes <= plan.budget_bytes
+    assert 0 < best.predicted_overhead <= plan.predicted_overhead < 1
+    with pytest.raises(FxmemError, match="fxmem.plan"):
+        solve(chain(5), 70, solver="torch_budget")

@@ -3,11 +3,11 @@
 from dataclasses import replace
 
 import pytest
+from helpers.problems import chain
 
 from fxmem.errors import ProblemError
 from fxmem.problem import Operator, Problem, Storage
 from fxmem.schedule import Schedule, plain_schedule, simulate
-from helpers.problems import chain
 
 
 def test_plain_chain_counts_what_lives():

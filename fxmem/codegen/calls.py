@@ -51,7 +51,7 @@ def _settings(module: nn.Module) -> tuple:
 
 
 def canonical_call(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """The same arguments, those that can be positional so, whichever way the caller wrote them, and without spelt out defaults."""
+    """The same arguments whichever way the caller wrote them: positional where that can be, and without spelt out defaults."""
     bound = inspect.signature(module.forward).bind(*args, **kwargs)
     for name, value in list(bound.arguments.items()):
         if isinstance(value, CONSTANTS) and _same(value, bound.signature.parameters[name].default):

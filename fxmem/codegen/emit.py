@@ -203,9 +203,12 @@ def _is_tangent(node: fx.Node) -> bool:
 
 def _is_item(node: fx.Node, infos) -> bool:
     """Whether the node takes a result with bytes of its own out of an operator's tuple."""
-    return node.op == "call_function" and len(node.all_input_nodes) == 1 and any(
-        infos[s].node is node.all_input_nodes[0] for s in node.meta["fxmem_storages"]
-    ) and isinstance(node.all_input_nodes[0].meta["val"], (tuple, list))
+    return (
+        node.op == "call_function"
+        and len(node.all_input_nodes) == 1
+        and any(infos[s].node is node.all_input_nodes[0] for s in node.meta["fxmem_storages"])
+        and isinstance(node.all_input_nodes[0].meta["val"], (tuple, list))
+    )
 
 
 def _repeated(schedule: Schedule, lowered: Lowered) -> set[int]:

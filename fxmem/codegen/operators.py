@@ -58,4 +58,3 @@ def set_state(state: torch.Tensor, device: str) -> None:
         torch.cuda.set_rng_state(state, device)
     else:
         torch.set_rng_state(state)
-

@@ -215,5 +215,3 @@ def _tangent_dependencies(graph: fx.Graph) -> dict[fx.Node, frozenset[int]]:
         own = frozenset([role.key]) if role and role.kind == "tangent" else frozenset()
         found[node] = own.union(*(found[n] for n in node.all_input_nodes))
     return found
-
-

@@ -142,7 +142,9 @@ class PlannedModule(fx.GraphModule):
     def _variant(self, call: Call, args: tuple, kwargs: dict) -> nn.Module:
         """A planned module for another kind of call, planned the first time."""
         if call not in self._variants:
-            log.warning("%s is called with other shapes, modes or dtypes than it was planned for: planning anew, once", self._get_name())
+            log.warning(
+                "%s is called with other shapes, modes or dtypes than it was planned for: planning anew, once", self._get_name()
+            )
             self._variants[call] = self._replan(self._source, args, kwargs)
             self._share_hooks(self._variants[call])
         return self._variants[call]
@@ -182,7 +184,8 @@ def check_names(module: nn.Module) -> None:
     taken = [n for n in (*module._modules, *module._parameters, *module._buffers) if hasattr(PlannedModule, n)]
     if taken:
         raise CaptureError(
-            f"{type(module).__name__} has a submodule, parameter or buffer called {taken[0]!r}, which a planned module needs for itself: "
+            f"{type(module).__name__} has a submodule, parameter or buffer called {taken[0]!r}, which a planned "
+            "module needs for itself: "
             "rename it, or transform a module that holds this one"
         )
 
@@ -206,7 +209,13 @@ def _rebuild(state: dict[str, Any]) -> PlannedModule:
 
 
 def assemble(
-    source: nn.Module, captured: Capture, parts: tuple[RegionGraphs, ...], args: tuple, kwargs: Mapping[str, Any], plan: Any, replan: Callable
+    source: nn.Module,
+    captured: Capture,
+    parts: tuple[RegionGraphs, ...],
+    args: tuple,
+    kwargs: Mapping[str, Any],
+    plan: Any,
+    replan: Callable,
 ) -> PlannedModule:
     """The PlannedModule of a captured module, cut into `parts`, called as `source(*args, **kwargs)` (see `canonical_call`)."""
     expected, attached = frozenset(captured.differentiated), frozenset(captured.attached)

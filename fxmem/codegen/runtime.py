@@ -40,7 +40,8 @@ class Tape:
         """Check that this backward may run: each tape serves one, in order, on values nobody has changed since."""
         if torch.is_grad_enabled():
             raise TapeError(
-                "double backward (create_graph=True, torch.func.grad) through a planned module is not supported: its backward is not recorded; "
+                "double backward (create_graph=True, torch.func.grad) through a planned module is not supported: "
+                "its backward is not recorded; "
                 "use the module that it was made from"
             )
         if self.awaiting != region.index:
@@ -52,7 +53,8 @@ class Tape:
         for leaf, alias, version in self.watched:
             if alias._version != version:
                 raise TapeError(
-                    f"output {leaf} of the planned module was changed in place before the backward, which needs it: change a clone instead"
+                    f"output {leaf} of the planned module was changed in place before the backward, which needs "
+                    "it: change a clone instead"
                 )
         self.watched.clear()
 
@@ -88,7 +90,8 @@ class Region(nn.Module):
         return run_region(self, *inputs)
 
     def extra_repr(self) -> str:
-        return f"{self.name}, {len(self.forward_graph.graph.nodes)} forward and {len(self.backward_graph.graph.nodes)} backward nodes"
+        forward, backward = (len(graph_module.graph.nodes) for graph_module in (self.forward_graph, self.backward_graph))
+        return f"{self.name}, {forward} forward and {backward} backward nodes"
 
     def run_forward(self, tape: Tape, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         """Run the forward graph; in the last region, return the model's tensor outputs in the order of `spec.results`."""
@@ -175,7 +178,9 @@ class RegionFunction(torch.autograd.Function):
         ctx.save_for_backward(*(arguments[i] for i in region.spec.saved))
         leaves = [leaf for leaf, _, _ in region.spec.results]
         ctx.mark_non_differentiable(*(v for leaf, v in zip(leaves, output[1:], strict=True) if leaf not in region.attached))
-        ctx.templates = [(leaf, v.shape, v.dtype, v.device) for leaf, v in zip(leaves, output[1:], strict=True) if leaf in region.expected]
+        ctx.templates = [
+            (leaf, v.shape, v.dtype, v.device) for leaf, v in zip(leaves, output[1:], strict=True) if leaf in region.expected
+        ]
 
     @staticmethod
     def backward(ctx, token_gradient, *output_gradients):
@@ -192,12 +197,16 @@ class RegionFunction(torch.autograd.Function):
 
 def _put_tangents(region: Region, tape: Tape, templates: list[tuple], gradients: tuple[torch.Tensor | None, ...]) -> None:
     """Put the incoming gradients on the tape; an output that got none counts as zero."""
-    given = {leaf: gradient for (leaf, _, _), gradient in zip(region.spec.results, gradients, strict=True) if gradient is not None}
+    given = {
+        leaf: gradient for (leaf, _, _), gradient in zip(region.spec.results, gradients, strict=True) if gradient is not None
+    }
     surprising = sorted(set(given) - region.expected)
     if surprising:
         raise TapeError(
-            f"output leaf {surprising[0]} got a gradient, but the step was planned for gradients of leaves {sorted(region.expected)} "
-            'alone (a scalar loss among the outputs is taken for the start of the backward): transform with output_gradients="all"'
+            f"output leaf {surprising[0]} got a gradient, but the step was planned for gradients of leaves "
+            f"{sorted(region.expected)} "
+            "alone (a scalar loss among the outputs is taken for the start of the backward): transform with "
+            'output_gradients="all"'
         )
     planned = {leaf: (name, stride) for leaf, name, stride in region.spec.tangents}
     tape.absent |= {leaf for leaf in planned if leaf not in given}

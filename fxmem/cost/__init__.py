@@ -39,7 +39,9 @@ def cost_model(cost: str | CostModel, device: torch.device) -> CostModel:
             return RooflineCost(cost)
     elif isinstance(cost, CostModel):
         return cost
-    raise CostError(f"unknown cost {cost!r}; allowed: 'measured', 'roofline', {', '.join(map(repr, DEVICE_NAMES))}, or a CostModel")
+    raise CostError(
+        f"unknown cost {cost!r}; allowed: 'measured', 'roofline', {', '.join(map(repr, DEVICE_NAMES))}, or a CostModel"
+    )
 
 
 def checked_cost(model: CostModel, node: fx.Node) -> OpCost:

@@ -77,7 +77,8 @@ def call_of(node: fx.Node) -> OpCall:
     def value(argument: fx.Node) -> Any:
         if "val" not in argument.meta:
             raise CostError(
-                f"node {node.name!r} cannot be costed: {argument.name!r} carries no meta['val']; run the shape propagation pass first"
+                f"node {node.name!r} cannot be costed: {argument.name!r} carries no meta['val']; run the shape "
+                "propagation pass first"
             )
         return argument.meta["val"]
 

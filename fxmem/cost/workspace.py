@@ -86,9 +86,9 @@ def _convolution(call: OpCall) -> int:
 
 
 def _convolution_backward(call: OpCall) -> int:
-    """First the input's gradient, in blocks and then plain (twice in blocks where the convolution is strided and not depthwise); then output
-    gradient and input in blocks while the weight's gradient is summed up, with one more partial sum for each further thread
-    where activations outweigh weights; then the weight's gradient in blocks beside the plain one."""
+    """First the input's gradient, in blocks and then plain (twice in blocks where the convolution is strided and not
+    depthwise); then output gradient and input in blocks while the weight's gradient is summed up, with one more partial sum
+    for each further thread where activations outweigh weights; then the weight's gradient in blocks beside the plain one."""
     grad, x, w, _, strides = call.args[:5]
     if x.dtype is torch.float64:
         return _contiguous_copies(call) + _columns(x, w, x.shape[2:] if call.args[7] else grad.shape[2:])

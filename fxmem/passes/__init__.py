@@ -14,8 +14,8 @@ from .base import Pass
 from .costs import Costs
 from .liveness import Liveness
 from .match_eager import MatchEager
-from .regions import MarkRegions
 from .names import NameNodes
+from .regions import MarkRegions
 from .rematerialize import Rematerialize
 from .shape_prop import ShapeProp
 from .update_buffers import UpdateBuffers

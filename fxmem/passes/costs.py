@@ -38,7 +38,8 @@ class Costs(Pass):
                 time_s, workspace_bytes = cost.time_s, cost.workspace_bytes
             if not math.isfinite(time_s) or time_s < 0 or workspace_bytes < 0:
                 raise CostError(
-                    f"the cost model {self.model.name!r} gives node {node.name!r} {time_s!r} s and {workspace_bytes!r} bytes of "
+                    f"the cost model {self.model.name!r} gives node {node.name!r} {time_s!r} s and "
+                    f"{workspace_bytes!r} bytes of "
                     "workspace; both must be finite and zero or more"
                 )
             if _has_kept_mask(node):

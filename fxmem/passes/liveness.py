@@ -32,7 +32,9 @@ class Liveness(Pass):
             if storage not in kept:
                 frees.setdefault(node, []).append(storage)
         for node in nodes:
-            live_bytes += sum(infos[s].size_bytes for s in node.meta["fxmem_storages"] if infos[s].node is node and not infos[s].is_input)
+            live_bytes += sum(
+                infos[s].size_bytes for s in node.meta["fxmem_storages"] if infos[s].node is node and not infos[s].is_input
+            )
             node.meta["fxmem_live_bytes"] = live_bytes
             node.meta["fxmem_frees"] = tuple(sorted(frees.get(node, ())))
             peak_bytes = max(peak_bytes, live_bytes)

@@ -22,7 +22,9 @@ class MatchEager(Pass):
     """
 
     def apply(self, graph_module: fx.GraphModule) -> bool:
-        norms = [n for n in graph_module.graph.nodes if n.target is aten.native_batch_norm_backward.default and n.args[7] is True]
+        norms = [
+            n for n in graph_module.graph.nodes if n.target is aten.native_batch_norm_backward.default and n.args[7] is True
+        ]
         for node in norms:
             node.args = (*node.args[:3], None, None, *node.args[5:])
         modified = self._same_dropout(graph_module) or bool(norms)

@@ -32,7 +32,9 @@ class ShapeProp(Pass):
         placeholders = [n for n in graph_module.graph.nodes if n.op == "placeholder"]
         inputs = self.example_inputs if self.example_inputs is not None else tuple(n.meta["val"] for n in placeholders)
         with torch.no_grad(), fake_mode_of(inputs, allow_real=True) as mode:
-            inputs = pytree.tree_map(lambda v: mode.from_tensor(v) if type(v) in (torch.Tensor, torch.nn.Parameter) else v, inputs)
+            inputs = pytree.tree_map(
+                lambda v: mode.from_tensor(v) if type(v) in (torch.Tensor, torch.nn.Parameter) else v, inputs
+            )
             # Nothing may be freed on the way: a fake storage's identity is that of a live object.
             interpreter = fx.Interpreter(graph_module, garbage_collect_values=False)
             interpreter.run(*inputs)
@@ -52,7 +54,10 @@ class ShapeProp(Pass):
                 if not isinstance(leaf, torch.Tensor):
                     continue
                 if leaf.layout is not torch.strided:
-                    raise CaptureError(f"{source_of(node)} makes a {leaf.layout} tensor; fxmem plans dense ones (for an embedding: sparse=False)")
+                    raise CaptureError(
+                        f"{source_of(node)} makes a {leaf.layout} tensor; fxmem plans dense ones (for an "
+                        "embedding: sparse=False)"
+                    )
                 key = storage_key(leaf)
                 if key not in index_of:
                     index_of[key] = len(infos)

@@ -1,4 +1,4 @@
-"""Buffer updates where they happen: the joint graph hands new buffer values out at its end, the plain module writes them at once."""
+"""Buffer updates where they happen: the joint graph hands new values out at its end, the plain module writes them at once."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ class UpdateBuffers(Pass):
         output = graph.output_node()
         if "fxmem_roles" not in output.meta:
             raise CaptureError("UpdateBuffers needs the roles of a captured joint graph: run fxmem.capture.capture first")
-        buffers = {n.meta["fxmem_role"].key: n for n in graph.nodes if n.op == "placeholder" and n.meta["fxmem_role"].kind == "buffer"}
+        buffers = {
+            n.meta["fxmem_role"].key: n for n in graph.nodes if n.op == "placeholder" and n.meta["fxmem_role"].kind == "buffer"
+        }
         position = {n: i for i, n in enumerate(graph.nodes)}
         kept = []
         for value, role in zip(output.args[0], output.meta["fxmem_roles"], strict=True):

@@ -49,7 +49,9 @@ def _modules(plan: Plan) -> list[str]:
     for name in names[:MOST_ROWS]:
         share = seconds[name] / plan.problem.plain_time_s if plan.problem.plain_time_s else 0.0
         shown = name if len(name) < 40 else f"...{name[-35:]}"
-        rows.append(f"{shown or '(root)':<40}{format_bytes(kept[name]):>12}{format_bytes(again[name]):>12}{100 * share:>7.1f} %")
+        rows.append(
+            f"{shown or '(root)':<40}{format_bytes(kept[name]):>12}{format_bytes(again[name]):>12}{100 * share:>7.1f} %"
+        )
     if len(names) > MOST_ROWS:
         rows.append(f"... and {len(names) - MOST_ROWS} more modules")
     return rows

@@ -35,6 +35,8 @@ def solve(
     search stops with what it has (never without a schedule, where one is known to exist). starts: schedules to begin from.
     progress: called with a line of text now and then.
 
+    A solver that finds nothing is stood in for by "auto"; the status says so.
+
     Raises InfeasibleBudgetError where no schedule that fits is found, with the peak that `least_peak` reaches; FxmemError for
     an unknown solver.
     """
@@ -48,6 +50,10 @@ def solve(
         raise infeasible(problem, budget_bytes, smallest_schedule(replace(task, deadline=begin + time_limit_s)))
     answer = function(task)
     found = judge(task, [answer.schedule, plain, *task.starts])
+    if found is None and solver != "auto":
+        instead = solve(problem, budget_bytes, time_limit_s=_left_s(task), starts=starts, progress=progress)
+        note = f"{solver} found nothing that fits"
+        return replace(instead, status=f"{instead.status} ({note})", log=(*answer.log, note, *instead.log))
     if found is None:
         least = smallest_schedule(task)
         found = judge(task, [least])

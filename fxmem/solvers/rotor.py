@@ -47,8 +47,8 @@ def rotor(task: Task) -> Answer:
 
 @dataclass(frozen=True)
 class _Chain:
-    """Pieces [edges[i], edges[i + 1]) of the storages: seconds to run each again, bytes that cross its beginning, bytes that its
-    backward reads of it, and bytes that lie there during its backward whatever is kept."""
+    """Pieces [edges[i], edges[i + 1]) of the storages: seconds to run each again, bytes that cross its beginning, bytes that
+    its backward reads of it, and bytes that lie there during its backward whatever is kept."""
 
     edges: tuple[int, ...]
     seconds: tuple[float, ...]

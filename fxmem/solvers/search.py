@@ -2,9 +2,9 @@
 
 One seed's result varies by a percentage point. So the first round begins from the advice of the linear relaxation
 (see `bound`), once hot and mostly cool; the next reheat the best so far. Near the least peak such a walk does not come back
-to what fits, or only at a high price: there, a round is made under a larger budget, and followed as the budget shrinks. Where nothing
-fits even so, runs that weigh bytes above all look for the least peak (see `minimum`). Every schedule is judged by
-`simulate`; should it see more bytes than the incremental evaluation did, the budget shrinks by the difference.
+to what fits, or only at a high price: there, a round is made under a larger budget, and followed as the budget shrinks.
+Where nothing fits even so, runs that weigh bytes above all look for the least peak (see `minimum`). Every schedule is judged
+by `simulate`; should it see more bytes than the incremental evaluation did, the budget shrinks by the difference.
 """
 
 from __future__ import annotations

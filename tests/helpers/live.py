@@ -13,7 +13,7 @@ OF_AUTOGRAD = ("aten.ones_like.", "aten.detach.")
 
 
 class LiveStorages(TorchDispatchMode):
-    """`events`: (operator, bytes alive when it is over) of everything that makes or writes bytes; what is in `before` counts."""
+    """`events`: (operator, bytes alive when it is over) of all that makes or writes bytes; what is in `before` counts."""
 
     def __init__(self, before: list[torch.Tensor]):
         super().__init__()
