@@ -16,6 +16,7 @@ from random import Random
 
 from ..problem import Problem
 from .moves import Moves
+from .packing import pack
 from .stages import compile_problem
 from .state import State
 
@@ -25,7 +26,7 @@ CHECK_EVERY = 256  # moves between looks at the clock and steps of the temperatu
 @dataclass(frozen=True)
 class Run:
     """One annealing run over `problem`: from which state, how many moves, from which to which temperature (in fractions of the
-    plain time), and what a byte beyond the budget weighs at first."""
+    plain time), and what a byte beyond the budget weighs at first. packed: whether the best is packed in the end."""
 
     problem: Problem
     budget_bytes: int
@@ -35,6 +36,7 @@ class Run:
     hot: float = 5e-3
     cold: float = 2e-5
     weight: float = 0.05
+    packed: bool = False
 
 
 @dataclass
@@ -60,9 +62,14 @@ def anneal(run: Run, deadline: float = math.inf, progress: Callable[[str], None]
     """Search from the run's state on. The deadline (time.monotonic) or KeyboardInterrupt end it early with what it has."""
     compiled = compile_problem(run.problem)
     state, best = State(compiled, run.budget_bytes, list(run.desired)), Incumbent()
+    moves = Moves(compiled, Random(run.seed))
     best.offer(state)
     try:
-        best.stopped = not _walk(state, run, Moves(compiled, Random(run.seed)), best, deadline, progress)
+        best.stopped = not _walk(state, run, moves, best, deadline, progress)
+        if run.packed and best.desired is not None and not best.stopped:
+            state.reset(list(best.desired), run.budget_bytes)
+            best.stopped = pack(state, moves, deadline)
+            best.offer(state)
     except KeyboardInterrupt:
         best.stopped = True
     return best
@@ -77,7 +84,7 @@ def _walk(state: State, run: Run, moves: Moves, best: Incumbent, deadline: float
     cooling = (run.cold / run.hot) ** (CHECK_EVERY / max(run.moves, CHECK_EVERY))
     for count in range(1, run.moves + 1):
         before_s, before_bytes = state.time_s, state.excess_bytes
-        for _ in range(1 + int(rng.random() ** 2 * 3)):
+        for _ in range(moves.how_many()):
             state.change(moves.draw(state))
         worse = (state.time_s - before_s) / unit_s + weight * (state.excess_bytes - before_bytes) / state.budget_bytes
         if worse <= 0 or rng.random() < math.exp(-worse / temperature):

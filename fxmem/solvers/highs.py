@@ -53,19 +53,24 @@ class Outcome:
 
 
 def minimize(
-    program: Program, *, deadline: float = math.inf, most_nodes: int | None = None, start: np.ndarray | None = None
+    program: Program,
+    *,
+    deadline: float = math.inf,
+    most_nodes: int | None = None,
+    start: np.ndarray | None = None,
+    presolve: bool = True,
 ) -> Outcome:
     """Solve with HiGHS in this process; never raises for what HiGHS does."""
     left_s = deadline - time.monotonic()
     if left_s <= 0:
         return Outcome("time limit", None, -math.inf)
     try:
-        return _run(program, left_s, most_nodes, start)
+        return _run(program, left_s, most_nodes, start, presolve)
     except (ImportError, RuntimeError, ValueError, MemoryError) as error:
         return Outcome(f"error: {error}", None, -math.inf)
 
 
-def _run(program: Program, left_s: float, most_nodes: int | None, start: np.ndarray | None) -> Outcome:
+def _run(program: Program, left_s: float, most_nodes: int | None, start: np.ndarray | None, presolve: bool) -> Outcome:
     import highspy  # here, so that a broken HiGHS costs a bound and not the import of the whole package
 
     solver = highspy.Highs()
@@ -74,6 +79,7 @@ def _run(program: Program, left_s: float, most_nodes: int | None, start: np.ndar
         "mip_rel_gap": 1e-9,
         "mip_abs_gap": 1e-9,
         "random_seed": 0,
+        "presolve": "choose" if presolve else "off",
     }
     if math.isfinite(left_s):
         options["time_limit"] = left_s

@@ -6,6 +6,7 @@ Wishes are returned as {stage: bits} and are not applied. A move that finds noth
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from random import Random
 
 from .stages import Compiled, members
@@ -40,6 +41,32 @@ class Moves:
     def draw(self, state: State) -> dict[int, int]:
         """One random move."""
         return self.kinds[int(self.rng.random() * len(self.kinds))](state)
+
+    def how_many(self) -> int:
+        """How many moves to make before judging: one to three, mostly one."""
+        return 1 + int(self.rng.random() ** 2 * 3)
+
+    def all_evictions(self, state: State) -> Iterator[dict[int, int]]:
+        """Each carried storage dropped over each gap between two of its uses."""
+        for k in members(self.free):
+            bit, t = 1 << k, 0
+            while t < self.stage_count:
+                if state.live[t] & bit and not state.touched[t] & bit:
+                    wishes = self._clear_gap(state, t, bit)
+                    yield wishes
+                    t = max(wishes)
+                t += 1
+
+    def all_keeps(self, state: State) -> Iterator[dict[int, int]]:
+        """Each output and input of each recompute carried from when it was last alive."""
+        for t, again in enumerate(state.recomputes):
+            bits = 0
+            for p in again:
+                bits |= self.compiled.recomputes[p].inputs | self.compiled.recomputes[p].outputs
+            for k in members(bits & self.free):
+                wishes = self._keep_until(state, t, 1 << k)
+                if wishes:
+                    yield wishes
 
     def evict(self, state: State) -> dict[int, int]:
         """Drop a carried storage over the gap between two of its uses; where memory is short, by preference."""

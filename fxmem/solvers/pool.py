@@ -21,6 +21,7 @@ from .base import Progress
 
 WORTHWHILE_S = 5.0  # the second process takes a few seconds to start
 MOVE_STAGE_S = 2e-6  # seconds of one move, for each stage of the backward
+PACK_MOVES = 10_000  # that packing takes as long as
 
 
 class Pool:
@@ -37,7 +38,7 @@ class Pool:
 
     def run_all(self, runs: Sequence[Run], deadline: float, progress: Progress | None = None) -> list[Incumbent]:
         """The runs' incumbents, in the order of the runs. deadline: in time.monotonic() seconds."""
-        estimate_s = sum(run.moves for run in runs) * self.stages * MOVE_STAGE_S
+        estimate_s = sum(run.moves + (PACK_MOVES if run.packed else 0) for run in runs) * self.stages * MOVE_STAGE_S
         worthwhile = len(runs) > 1 and min(estimate_s, deadline - time.monotonic()) > WORTHWHILE_S
         away = list(runs[1::2]) if (worthwhile and _cores() > 1 and self._start()) else []
         returned: list[Incumbent] = []

@@ -1,8 +1,7 @@
 """Search: rounds of annealing from several seeds, each round from the best of the last.
 
 One seed's result varies by a percentage point. So the first round begins from the advice of the linear relaxation
-(see `bound`), once hot and mostly cool; the next reheat the best so far. Near the least peak such a walk does not come back
-to what fits, or only at a high price: there, a round is made under a larger budget, and followed as the budget shrinks.
+(see `bound`), once hot and mostly cool; the next reheat the best so far. Each run ends with packing its best (see `packing`).
 Where nothing fits even so, runs that weigh bytes above all look for the least peak (see `minimum`). Every schedule is judged
 by `simulate`; should it see more bytes than the incremental evaluation did, the budget shrinks by the difference.
 """
@@ -22,15 +21,15 @@ from .segments import starting_states
 from .stages import Compiled, compile_problem
 from .state import State
 
+MOVES_X_STAGES, LEAST_MOVES, MOST_MOVES = 1_500_000, 4_000, 20_000
 SEEDS = 2  # of a later round: one for each of two processes
 HOT, WARM, COOL, COLD = 5e-3, 1.5e-3, 5e-4, 3e-4  # temperatures at which runs begin, in fractions of the plain time
 REHEATS = (COOL, WARM)  # in turns
 MOST_REHEATS = 12
 PATIENCE = 2  # rounds in a row that may save less than the part WORTHWHILE of the extra time
 WORTHWHILE = 3e-3
-FIRST_ROUND = ((HOT, 0.2), (COOL, 0.05), (COOL, 0.05), (COLD, 0.2))  # temperature, and what a byte too many weighs at first
-DESCENT = (1.1, 1.05, 1.02, 1.01, 1.005, 1.002, 1.001)  # larger budgets on the way to one that is too tight to begin with
-FAR = 1.5  # times the relaxation's bound: a first round that costs as much has lost its way
+FIRST_ROUND = ((HOT, 0.2), (WARM, 0.05), (COOL, 0.05), (COOL, 0.2))  # temperature, and what a byte too many weighs at first
+PACKED = 2  # of a round's best, one for each of two processes
 SQUEEZE_WEIGHT = 10.0  # what a byte too many weighs when only bytes matter
 ATTEMPTS = 3
 
@@ -54,9 +53,8 @@ def search(task: Task) -> Answer:
 
 
 def effort(compiled: Compiled) -> int:
-    """Moves of one run, by the number of decisions."""
-    decisions = len(compiled.stages) * len(compiled.sizes)
-    return int(min(9_000, 2_000 + 0.4 * decisions))
+    """Moves of one run: a move takes time by the number of stages."""
+    return min(MOST_MOVES, max(LEAST_MOVES, MOVES_X_STAGES // len(compiled.stages)))
 
 
 def first_states(task: Task, compiled: Compiled, budget_bytes: int) -> Incumbent:
@@ -92,10 +90,8 @@ def better(incumbents: list[Incumbent]) -> Incumbent:
 
 def _rounds(task: Task, compiled: Compiled, budget_bytes: int, pool: Pool, log: list[str]) -> Incumbent:
     """First from the relaxation's advice, or by descent; then from the best so far, as long as that saves anything."""
-    advice, bound_s = hint(compiled, budget_bytes, task.deadline)
+    advice = hint(compiled, budget_bytes, task.deadline)
     first = _first_round(task, compiled, budget_bytes, advice, pool, log)
-    if not first.stopped and first.time_s > FAR * bound_s:
-        first = better([first, _descend(task, compiled, budget_bytes, pool, log)])
     best = better([first_states(task, compiled, budget_bytes), first])
     if best.desired is None:
         best = squeeze(task, compiled, budget_bytes, best, pool)
@@ -122,27 +118,19 @@ def _first_round(
     return _round(task, runs, pool, log)
 
 
-def _descend(task: Task, compiled: Compiled, budget_bytes: int, pool: Pool, log: list[str]) -> Incumbent:
-    """A first round under a larger budget, and from its best on under ever smaller ones."""
-    wider_bytes = int(budget_bytes * DESCENT[0])
-    advice, _ = hint(compiled, wider_bytes, task.deadline)
-    best = _first_round(task, compiled, wider_bytes, advice, pool, log)
-    if best.desired is None:
-        return best
-    for number, factor in enumerate((*DESCENT[1:], 1.0)):
-        start, seed = best.desired or best.smallest, len(FIRST_ROUND) + SEEDS * (MOST_REHEATS + 1 + number)
-        run = Run(task.problem, int(budget_bytes * factor), start, effort(compiled), seed, COOL, weight=0.2)
-        best = _round(task, _seeds(run), pool, log)
-    return best
-
-
 def _round(task: Task, runs: list[Run], pool: Pool, log: list[str]) -> Incumbent:
-    """The best of some runs, and a line about it in the log."""
+    """The best of some runs when packed, and a line about it in the log."""
     begin, unit_s = time.monotonic(), task.problem.plain_time_s or 1.0
-    best = better(pool.run_all(runs, task.deadline, task.progress))
-    found = "nothing that fits" if best.desired is None else f"extra time {100 * best.time_s / unit_s:.3f} %"
-    budget = f"{runs[0].budget_bytes:,} bytes, {len(runs)} x {runs[0].moves} moves"
-    log.append(f"search: {budget}: {found}, {time.monotonic() - begin:.1f} s")
+    annealed = pool.run_all(runs, task.deadline, task.progress)
+    fit = {i.desired: i.time_s for i in annealed if i.desired is not None}
+    chosen = sorted(fit, key=fit.__getitem__)[:PACKED]
+    packs = [replace(runs[0], desired=desired, moves=0, packed=True) for desired in chosen]
+    best = better([*annealed, *pool.run_all(packs, task.deadline, task.progress)])
+    now = "nothing that fits"
+    if fit:
+        now = f"extra time {100 * fit[chosen[0]] / unit_s:.3f} %, packed {100 * best.time_s / unit_s:.3f} %"
+    what = f"{runs[0].budget_bytes:,} bytes, {len(runs)} x {runs[0].moves} moves"
+    log.append(f"search: {what}: {now}, {time.monotonic() - begin:.1f} s")
     return best
 
 

@@ -66,6 +66,10 @@ class State:
         """The schedule's peak."""
         return max(self.forward_peak_bytes, *self.peak_bytes)
 
+    def forward_bytes(self) -> list[int]:
+        """Bytes during each operator of the forward."""
+        return list(map(add, self._base, accumulate(self._change)))
+
     def change(self, wishes: dict[int, int]) -> None:
         """Replace desired[t] by wishes[t]; `undo` takes it back as long as `keep` was not called."""
         desired, log, always = self.desired, self._log, self.compiled.always

@@ -1,0 +1,179 @@
+"""Many moves at once: single moves are priced on a state that fits, and an integer program packs the best set of them.
+
+Annealing finds good patterns for one part of a graph after the other, but seldom the exchange of three of them for five
+others that a tight budget asks for. Here each move is evaluated alone, exactly: the seconds it saves or costs, and the bytes
+it adds or frees at each stage and forward operator. A knapsack with a row for each moment that could run over, and a clique
+for moves that touch the same wish or the same stage's recomputes, chooses among them all (a very large-scale neighbourhood in
+the sense of Ahuja et al. 2002). Moves still interact, so the whole set is evaluated exactly, and taken only if it is better;
+where it needs more bytes than promised, those moments get less room and the program is solved again.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from .highs import Program, minimize
+from .moves import Moves
+from .stages import members
+from .state import State
+
+RANDOM_MOVES = 1_500
+MOST_ROUNDS = 6
+ATTEMPTS = 3
+MOST_NODES = 200
+MOST_CUTS = 20
+CUTS = 20
+Wishes = dict[int, int]
+
+
+@dataclass(frozen=True)
+class Priced:
+    """A move from the state at hand: which wishes it flips, and what follows from that alone.
+
+    flips: bits whose wish changes, for each stage. bytes_: added at each stage and each forward operator (float64).
+    stages: those that recompute otherwise.
+    """
+
+    flips: Wishes
+    time_s: float
+    bytes_: np.ndarray
+    stages: tuple[int, ...]
+
+
+def pack(state: State, moves: Moves, deadline: float = math.inf) -> bool:
+    """Improve a state that fits by sets of moves, until none is found. Whether the deadline (time.monotonic) cut it short."""
+    for _ in range(MOST_ROUNDS):
+        if time.monotonic() > deadline:
+            return True
+        if not _round(state, list(_priced(state, moves)), deadline):
+            break
+    return False
+
+
+def _round(state: State, priced: list[Priced], deadline: float) -> bool:
+    """Whether a better state was found, which the state then is."""
+    if not priced:
+        return False
+    knapsack = _Knapsack(priced, state.budget_bytes - _moments(state))
+    for _ in range(ATTEMPTS):
+        chosen = [priced[j] for j in knapsack.solve(deadline)]
+        if not chosen:
+            return False
+        before_s = state.time_s
+        for move in chosen:
+            state.change({t: state.desired[t] ^ bits for t, bits in move.flips.items()})
+        if not state.excess_bytes and state.time_s < before_s - 1e-12:
+            state.keep()
+            return True
+        over = np.maximum(0, _moments(state) - state.budget_bytes)
+        state.undo()
+        if not over.any():
+            return False
+        knapsack.room = knapsack.room - over
+    return False
+
+
+def _moments(state: State) -> np.ndarray:
+    """Most bytes during each stage, then during each forward operator."""
+    return np.array([*state.peak_bytes, *state.forward_bytes()], float)
+
+
+def _priced(state: State, moves: Moves) -> Iterator[Priced]:
+    """All moves of one storage over one gap and some random ones, each that could be of use once."""
+    before, before_s, recomputes, desired = _moments(state), state.time_s, list(state.recomputes), list(state.desired)
+    seen = set()
+    for propose in _proposals(state, moves):
+        for wishes in propose:
+            state.change(wishes)
+        added, time_s = _moments(state) - before, state.time_s - before_s
+        stages = tuple(t for t, (new, old) in enumerate(zip(state.recomputes, recomputes, strict=True)) if new != old)
+        flips = {t: new ^ old for t, (new, old) in enumerate(zip(state.desired, desired, strict=True)) if new != old}
+        state.undo()
+        key = round(time_s, 12), added.tobytes()
+        if (time_s < 0 or added.min() < 0) and key not in seen:
+            seen.add(key)
+            yield Priced(flips, time_s, added, stages)
+
+
+def _proposals(state: State, moves: Moves) -> Iterator[Iterator[Wishes]]:
+    """Each a sequence of moves to apply in turn."""
+    for wishes in moves.all_evictions(state):
+        yield iter((wishes,))
+    for wishes in moves.all_keeps(state):
+        yield iter((wishes,))
+    for _ in range(RANDOM_MOVES):
+        yield (moves.draw(state) for _ in range(moves.how_many()))
+
+
+class _Knapsack:
+    """Least time within the room of each moment, one move of each clique.
+
+    Of hundreds of moments only some dozens are ever short of room: their rows are added as the linear relaxation runs over
+    them, and the integer program is solved with those alone.
+    """
+
+    def __init__(self, priced: list[Priced], room: np.ndarray):
+        self.cost = np.array([move.time_s for move in priced])
+        self.cost /= np.abs(self.cost).max() or 1.0
+        self.added = np.stack([move.bytes_ for move in priced], axis=1)
+        self.unit = np.maximum(1.0, np.abs(self.added).max(axis=1))  # of each row
+        self.room = room
+        self.cliques = _cliques(priced)
+        self.moments: list[int] = []  # that have a row
+
+    def solve(self, deadline: float) -> list[int]:
+        """The moves to make, none where nothing is better."""
+        integer = False
+        for _ in range(MOST_CUTS):
+            start = np.zeros(len(self.cost)) if integer else None
+            x = minimize(self._program(integer), deadline=deadline, most_nodes=MOST_NODES, start=start, presolve=False).x
+            if x is None:
+                return []
+            over = (self.added @ (np.round(x) if integer else x) - self.room) / self.unit
+            worst = [int(row) for row in np.argsort(-over, kind="stable")[:CUTS] if over[row] > 1e-6]
+            new = [row for row in worst if row not in self.moments]
+            if not new and integer:
+                return [j for j, value in enumerate(x) if value > 0.5]
+            self.moments += new
+            integer = integer or not new
+        return []
+
+    def _program(self, integer: bool) -> Program:
+        starts, columns, values, upper = [0], [], [], []
+        for row in self.moments:
+            (at,) = np.nonzero(self.added[row])
+            columns += at.tolist()
+            values += (self.added[row, at] / self.unit[row]).tolist()
+            upper.append(self.room[row] / self.unit[row])
+            starts.append(len(columns))
+        for clique in self.cliques:
+            columns += clique
+            values += [1.0] * len(clique)
+            upper.append(1.0)
+            starts.append(len(columns))
+        count = len(self.cost)
+        return Program(
+            self.cost, np.array(starts), np.array(columns, int), np.array(values, float), np.full(len(upper), -np.inf),
+            np.array(upper), np.zeros(count), np.ones(count), np.full(count, integer),
+        )  # fmt: skip
+
+
+def _cliques(priced: list[Priced]) -> list[list[int]]:
+    """Sets of moves of which one at most can be taken, without those that lie within another."""
+    users: dict[tuple, int] = {}
+    for j, move in enumerate(priced):
+        for t in move.stages:
+            users[t,] = users.get((t,), 0) | 1 << j
+        for t, bits in move.flips.items():
+            for k in members(bits):
+                users[t, k] = users.get((t, k), 0) | 1 << j
+    largest: list[int] = []
+    for clique in sorted(set(users.values()), key=lambda c: (-c.bit_count(), c)):
+        if clique.bit_count() > 1 and not any(clique & other == clique for other in largest):
+            largest.append(clique)
+    return [members(clique) for clique in largest]
