@@ -133,23 +133,26 @@ class Moves:
         source, target, length = self._pick(self.twins)
         offset = int(rng.random() * length)
         length = min(length - offset, int(math.exp(rng.random() * math.log(LONGEST_SEGMENT))) + 1)
-        wishes: dict[int, int] = {}
+        alike: dict[tuple[int, int], int] = {}  # (stages later, bits higher) -> bits of the source
         for i in range(offset, offset + length):
             for s, d in zip(self._outputs[source + i], self._outputs[target + i], strict=True):
-                self._copy_bit(state, wishes, s, d)
+                if self.free >> d & 1:
+                    key = self.first_need[d] - self.first_need[s], d - s
+                    alike[key] = alike.get(key, 0) | 1 << s
+        wishes: dict[int, int] = {}
+        for (later, higher), bits in alike.items():
+            self._copy_bits(state, wishes, bits, later, higher)
         return wishes
 
-    def _copy_bit(self, state: State, wishes: dict[int, int], source: int, target: int) -> None:
-        shift = self.first_need[target] - self.first_need[source]
-        source_bit, target_bit, count = 1 << source, 1 << target, self.stage_count
-        if not target_bit & self.free:
-            return
-        for t in range(count):
-            wish = state.desired[min(max(t - shift, 0), count - 1)] & source_bit
-            old = wishes.get(t, state.desired[t])
-            new = old | target_bit if wish else old & ~target_bit
-            if new != old:
-                wishes[t] = new
+    def _copy_bits(self, state: State, wishes: dict[int, int], bits: int, later: int, higher: int) -> None:
+        desired = state.desired
+        first, last = desired[:1], desired[-1:]
+        shifted = first * later + desired[: len(desired) - later] if later > 0 else desired[-later:] + last * -later
+        target = bits << higher if higher > 0 else bits >> -higher
+        for t, (old, seen) in enumerate(zip(desired, shifted, strict=True)):
+            new = (seen & bits) << higher if higher > 0 else (seen & bits) >> -higher
+            if new != old & target:
+                wishes[t] = wishes.get(t, old) & ~target | new
 
     def _pick(self, items):
         return items[int(self.rng.random() * len(items))]

@@ -14,6 +14,8 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import reduce
+from operator import or_
 
 import numpy as np
 
@@ -165,13 +167,11 @@ class _Knapsack:
 
 def _cliques(priced: list[Priced]) -> list[list[int]]:
     """Sets of moves of which one at most can be taken, without those that lie within another."""
-    users: dict[tuple, int] = {}
+    users: dict[tuple[str, int], int] = {}
     for j, move in enumerate(priced):
-        for t in move.stages:
-            users[t,] = users.get((t,), 0) | 1 << j
-        for t, bits in move.flips.items():
-            for k in members(bits):
-                users[t, k] = users.get((t, k), 0) | 1 << j
+        flipped = reduce(or_, move.flips.values(), 0)
+        for key in (*(("stage", t) for t in move.stages), *(("storage", k) for k in members(flipped))):
+            users[key] = users.get(key, 0) | 1 << j
     largest: list[int] = []
     for clique in sorted(set(users.values()), key=lambda c: (-c.bit_count(), c)):
         if clique.bit_count() > 1 and not any(clique & other == clique for other in largest):
