@@ -51,21 +51,21 @@ def lower_bound(compiled: Compiled, budget_bytes: int, deadline: float, log: lis
     return best_s * (1 - 1e-6)  # the solver's tolerance
 
 
-def hint(compiled: Compiled, budget_bytes: int, deadline: float) -> tuple[int, ...]:
-    """The relaxation's advice as wishes for each stage: what it makes again is dropped until the backward first reads it.
-    Everything kept where it fails."""
+def hint(compiled: Compiled, budget_bytes: int, deadline: float) -> tuple[tuple[int, ...], float]:
+    """The relaxation's advice as wishes for each stage: what it makes again is dropped until the backward first reads it. And
+    its bound in seconds. Everything kept, and 0, where it fails."""
     relaxation = Relaxation(compiled, budget_bytes, 1)
-    x = relaxation.solve(deadline).x
+    outcome = relaxation.solve(deadline)
     dropped = 0
-    if x is not None:
+    if outcome.x is not None:
         for i, p in enumerate(relaxation.operators):
-            if x[relaxation.r(0, i)] > 0.5:
+            if outcome.x[relaxation.r(0, i)] > 0.5:
                 dropped |= compiled.recomputes[p].outputs
     wishes, reached = [], 0
     for stage in compiled.stages:
         wishes.append(compiled.everything & ~(dropped & ~reached))
         reached |= stage.needs
-    return tuple(wishes)
+    return tuple(wishes), max(0.0, outcome.bound) if outcome.status == "optimal" else 0.0
 
 
 def knapsack(compiled: Compiled, budget_bytes: int) -> float:

@@ -23,13 +23,14 @@ from .state import State
 
 MOVES_X_STAGES, LEAST_MOVES, MOST_MOVES = 1_500_000, 4_000, 20_000
 SEEDS = 2  # of a later round: one for each of two processes
-HOT, WARM, COOL, COLD = 5e-3, 1.5e-3, 5e-4, 3e-4  # temperatures at which runs begin, in fractions of the plain time
-REHEATS = (COOL, WARM)  # in turns
-MOST_REHEATS = 12
+HOT, WARM, COOL = 5e-3, 1.5e-3, 5e-4  # temperatures at which runs begin, in fractions of the plain time
+REHEATS = (WARM, COOL)  # in turns
+FRESH = ((HOT, 0.2), (WARM, 0.05), *[(COOL, 0.05)] * 4)  # temperature, and what a byte too many weighs at first
+PACKED = 2  # of a round's best, one for each of two processes
+MOST_ROUNDS = 12
 PATIENCE = 2  # rounds in a row that may save less than the part WORTHWHILE of the extra time
 WORTHWHILE = 3e-3
-FIRST_ROUND = ((HOT, 0.2), (WARM, 0.05), (COOL, 0.05), (COOL, 0.2))  # temperature, and what a byte too many weighs at first
-PACKED = 2  # of a round's best, one for each of two processes
+NEAR = 1.05  # times the relaxation's bound: one such round is enough
 SQUEEZE_WEIGHT = 10.0  # what a byte too many weighs when only bytes matter
 ATTEMPTS = 3
 
@@ -89,33 +90,24 @@ def better(incumbents: list[Incumbent]) -> Incumbent:
 
 
 def _rounds(task: Task, compiled: Compiled, budget_bytes: int, pool: Pool, log: list[str]) -> Incumbent:
-    """First from the relaxation's advice, or by descent; then from the best so far, as long as that saves anything."""
-    advice = hint(compiled, budget_bytes, task.deadline)
-    first = _first_round(task, compiled, budget_bytes, advice, pool, log)
-    best = better([first_states(task, compiled, budget_bytes), first])
+    """First from the relaxation's advice, several ways; then from the best so far, as long as that saves anything."""
+    advice, bound_s = hint(compiled, budget_bytes, task.deadline)
+    fresh = Run(task.problem, budget_bytes, advice, effort(compiled), 0)
+    best = better([first_states(task, compiled, budget_bytes), _round(task, _varied(fresh), pool, log)])
     if best.desired is None:
         best = squeeze(task, compiled, budget_bytes, best, pool)
     if best.desired is None:
         log.append(f"search: nothing that fits; least peak met {best.smallest_bytes:,} bytes")
     idle = 0
-    for number in range(MOST_REHEATS):
-        if best.desired is None or best.stopped or idle == PATIENCE:
+    for number in range(1, MOST_ROUNDS):
+        patience = PATIENCE if best.time_s > NEAR * bound_s else 1
+        if best.desired is None or best.stopped or idle >= patience:
             break
-        before_s = best.time_s
-        hot = REHEATS[number % len(REHEATS)]
-        run = Run(task.problem, budget_bytes, best.desired, effort(compiled), len(FIRST_ROUND) + SEEDS * (number + 1), hot)
+        before_s, seed = best.time_s, number * len(FRESH)
+        run = replace(fresh, desired=best.desired, seed=seed, hot=REHEATS[number % len(REHEATS)])
         best = better([best, _round(task, _seeds(run), pool, log)])
         idle = 0 if best.time_s < before_s * (1 - WORTHWHILE) else idle + 1
     return best
-
-
-def _first_round(
-    task: Task, compiled: Compiled, budget_bytes: int, start: tuple[int, ...], pool: Pool, log: list[str]
-) -> Incumbent:
-    """From the relaxation's advice, hot and cool."""
-    run = Run(task.problem, budget_bytes, start, effort(compiled), 0)
-    runs = [replace(run, seed=seed, hot=hot, weight=weight) for seed, (hot, weight) in enumerate(FIRST_ROUND)]
-    return _round(task, runs, pool, log)
 
 
 def _round(task: Task, runs: list[Run], pool: Pool, log: list[str]) -> Incumbent:
@@ -136,3 +128,7 @@ def _round(task: Task, runs: list[Run], pool: Pool, log: list[str]) -> Incumbent
 
 def _seeds(run: Run) -> list[Run]:
     return [replace(run, seed=run.seed + k) for k in range(SEEDS)]
+
+
+def _varied(run: Run) -> list[Run]:
+    return [replace(run, seed=run.seed + k, hot=hot, weight=weight) for k, (hot, weight) in enumerate(FRESH)]
