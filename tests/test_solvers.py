@@ -189,7 +189,7 @@ def test_every_window_count_bounds_from_below():
     budget_bytes = peak(problem, 0.65)
     found = solve(problem, budget_bytes).timeline.time_s - problem.plain_time_s
     for windows in (1, 2, 5, 20):
-        outcome = bound.Relaxation(compiled, budget_bytes, windows).solve(math.inf)
+        outcome = bound.Relaxation(compiled, budget_bytes, bound.even_edges(compiled, windows)).solve(math.inf)
         assert outcome.status == "optimal"
         assert 0 < outcome.bound <= found
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -38,7 +39,7 @@ def lower_bound(compiled: Compiled, budget_bytes: int, deadline: float, log: lis
     log.append(f"bound: knapsack {best_s:.6g} s")
     for windows in WINDOWS:
         begin = time.monotonic()
-        relaxation = Relaxation(compiled, budget_bytes, windows)
+        relaxation = Relaxation(compiled, budget_bytes, even_edges(compiled, windows))
         if relaxation.variables > MOST_VARIABLES:
             break
         limit = min(deadline, begin + INTEGER_LIMIT_S)
@@ -51,21 +52,28 @@ def lower_bound(compiled: Compiled, budget_bytes: int, deadline: float, log: lis
     return best_s * (1 - 1e-6)  # the solver's tolerance
 
 
-def hint(compiled: Compiled, budget_bytes: int, deadline: float) -> tuple[tuple[int, ...], float]:
-    """The relaxation's advice as wishes for each stage: what it makes again is dropped until the backward first reads it. And
-    its bound in seconds. Everything kept, and 0, where it fails."""
-    relaxation = Relaxation(compiled, budget_bytes, 1)
-    outcome = relaxation.solve(deadline)
+def even_edges(compiled: Compiled, windows: int) -> tuple[int, ...]:
+    """The stages at which windows of equal length begin, but for the first."""
+    count = len(compiled.stages)
+    windows = max(1, min(count, windows))
+    return tuple(count * i // windows for i in range(1, windows))
+
+
+def hint(compiled: Compiled, budget_bytes: int, deadline: float) -> tuple[int, ...]:
+    """The relaxation's advice as wishes for each stage: what it makes again is dropped until the backward first reads it.
+    Everything kept where it fails."""
+    relaxation = Relaxation(compiled, budget_bytes)
+    x = relaxation.solve(deadline).x
     dropped = 0
-    if outcome.x is not None:
+    if x is not None:
         for i, p in enumerate(relaxation.operators):
-            if outcome.x[relaxation.r(0, i)] > 0.5:
+            if x[relaxation.r(0, i)] > 0.5:
                 dropped |= compiled.recomputes[p].outputs
     wishes, reached = [], 0
     for stage in compiled.stages:
         wishes.append(compiled.everything & ~(dropped & ~reached))
         reached |= stage.needs
-    return tuple(wishes), max(0.0, outcome.bound) if outcome.status == "optimal" else 0.0
+    return tuple(wishes)
 
 
 def knapsack(compiled: Compiled, budget_bytes: int) -> float:
@@ -107,17 +115,17 @@ def fixed_during(compiled: Compiled, stage: Stage) -> int:
 
 
 class Relaxation:
-    """The program's rows. Variables: S[window, storage], storage is carried into the window; R[window, operator], it runs again
+    """The program's rows, with windows that begin at stage 0 and at each of `edges`. Variables: S[window, storage], storage is carried into the window; R[window, operator], it runs again
     in the window, once or more."""
 
-    def __init__(self, compiled: Compiled, budget_bytes: int, windows: int):
+    def __init__(self, compiled: Compiled, budget_bytes: int, edges: Sequence[int] = ()):
         self.compiled, self.budget_bytes = compiled, budget_bytes
         self.bits = _large(compiled)
         self.column = {k: i for i, k in enumerate(self.bits)}
         wanted = set(self.bits)
         self.operators = [p for p, r in compiled.recomputes.items() if wanted & set(members(r.outputs))]
         self.makers = {k: [i for i, p in enumerate(self.operators) if p in compiled.makers[k]] for k in self.bits}
-        self.windows = _windows(compiled, windows)
+        self.windows = [range(a, b) for a, b in itertools.pairwise((0, *edges, len(compiled.stages)))]
         self.width = len(self.bits) + len(self.operators)
         self.variables = len(self.windows) * self.width
         self.starts, self.columns, self.values, self.upper = [0], [], [], []
@@ -242,10 +250,3 @@ def _large(compiled: Compiled) -> list[int]:
         if allowance < 0:
             large.append(k)
     return sorted(large)
-
-
-def _windows(compiled: Compiled, windows: int) -> list[range]:
-    count = len(compiled.stages)
-    windows = max(1, min(count, windows))
-    edges = [count * i // windows for i in range(windows + 1)]
-    return [range(a, b) for a, b in itertools.pairwise(edges)]

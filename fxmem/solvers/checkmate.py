@@ -8,7 +8,7 @@ less of the budget until the schedule fits.
 from __future__ import annotations
 
 from .base import Answer, Task, cheapest, register_solver
-from .bound import Relaxation
+from .bound import Relaxation, even_edges
 from .stages import Compiled, compile_problem
 
 MOST_VARIABLES = 12_000
@@ -19,11 +19,11 @@ BUDGETS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6)
 def checkmate_lp(task: Task) -> Answer:
     """The rounded relaxation at the largest part of the budget whose schedule fits."""
     compiled = compile_problem(task.problem)
-    width = Relaxation(compiled, task.budget_bytes, 1).width
+    width = Relaxation(compiled, task.budget_bytes).width
     windows = max(1, min(len(compiled.stages), MOST_VARIABLES // max(1, width)))
     log = []
     for part in BUDGETS:
-        relaxation = Relaxation(compiled, int(part * task.budget_bytes), windows)
+        relaxation = Relaxation(compiled, int(part * task.budget_bytes), even_edges(compiled, windows))
         outcome = relaxation.solve(task.deadline)
         log.append(f"checkmate_lp: {windows} windows, {part} of the budget: {outcome.status}")
         if outcome.x is None:

@@ -156,7 +156,7 @@ def _ruled_out(compiled: Compiled, max_overhead: float, high_bytes: int) -> int:
     low_bytes = least_possible_bytes(compiled.problem, compiled) - 1
     while high_bytes - low_bytes > 1 + high_bytes // 256:
         middle = (low_bytes + high_bytes) // 2
-        outcome = Relaxation(compiled, middle, 1).solve(math.inf)
+        outcome = Relaxation(compiled, middle).solve(math.inf)
         if outcome.bound > most_s:
             low_bytes = middle
         else:

@@ -61,23 +61,36 @@ def _round(state: State, priced: list[Priced], deadline: float) -> bool:
     """Whether a better state was found, which the state then is."""
     if not priced:
         return False
-    knapsack = _Knapsack(priced, state.budget_bytes - _moments(state))
+    knapsack, before_s, chosen = _Knapsack(priced, state.budget_bytes - _moments(state)), state.time_s, []
     for _ in range(ATTEMPTS):
-        chosen = [priced[j] for j in knapsack.solve(deadline)]
-        if not chosen:
-            return False
-        before_s = state.time_s
+        chosen = [priced[j] for j in knapsack.solve(deadline)] or chosen
         for move in chosen:
-            state.change({t: state.desired[t] ^ bits for t, bits in move.flips.items()})
+            _flip(state, move)
         if not state.excess_bytes and state.time_s < before_s - 1e-12:
             state.keep()
             return True
         over = np.maximum(0, _moments(state) - state.budget_bytes)
         state.undo()
         if not over.any():
-            return False
-        knapsack.room = knapsack.room - over
+            break
+        knapsack.room = knapsack.room - 1.5 * over
+    return _one_by_one(state, chosen)
+
+
+def _one_by_one(state: State, chosen: list[Priced]) -> bool:
+    """Of a set that does not fit as a whole, first what frees bytes, then what saves most time, as far as each fits."""
+    desired, before_s = list(state.desired), state.time_s
+    for move in sorted(chosen, key=lambda move: (move.time_s <= 0, move.time_s)):
+        _flip(state, move)
+        state.undo() if state.excess_bytes else state.keep()
+    if state.time_s < before_s - 1e-12:
+        return True
+    state.reset(desired, state.budget_bytes)
     return False
+
+
+def _flip(state: State, move: Priced) -> None:
+    state.change({t: state.desired[t] ^ bits for t, bits in move.flips.items()})
 
 
 def _moments(state: State) -> np.ndarray:

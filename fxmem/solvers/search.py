@@ -28,9 +28,7 @@ REHEATS = (WARM, COOL)  # in turns
 FRESH = ((HOT, 0.2), (WARM, 0.05), *[(COOL, 0.05)] * 4)  # temperature, and what a byte too many weighs at first
 PACKED = 2  # of a round's best, one for each of two processes
 MOST_ROUNDS = 12
-PATIENCE = 2  # rounds in a row that may save less than the part WORTHWHILE of the extra time
-WORTHWHILE = 3e-3
-NEAR = 1.05  # times the relaxation's bound: one such round is enough
+WORTHWHILE = 5e-3  # of the extra time: a round that saves less is the last
 SQUEEZE_WEIGHT = 10.0  # what a byte too many weighs when only bytes matter
 ATTEMPTS = 3
 
@@ -91,22 +89,21 @@ def better(incumbents: list[Incumbent]) -> Incumbent:
 
 def _rounds(task: Task, compiled: Compiled, budget_bytes: int, pool: Pool, log: list[str]) -> Incumbent:
     """First from the relaxation's advice, several ways; then from the best so far, as long as that saves anything."""
-    advice, bound_s = hint(compiled, budget_bytes, task.deadline)
+    advice = hint(compiled, budget_bytes, task.deadline)
     fresh = Run(task.problem, budget_bytes, advice, effort(compiled), 0)
     best = better([first_states(task, compiled, budget_bytes), _round(task, _varied(fresh), pool, log)])
     if best.desired is None:
         best = squeeze(task, compiled, budget_bytes, best, pool)
     if best.desired is None:
         log.append(f"search: nothing that fits; least peak met {best.smallest_bytes:,} bytes")
-    idle = 0
     for number in range(1, MOST_ROUNDS):
-        patience = PATIENCE if best.time_s > NEAR * bound_s else 1
-        if best.desired is None or best.stopped or idle >= patience:
+        if best.desired is None or best.stopped:
             break
         before_s, seed = best.time_s, number * len(FRESH)
         run = replace(fresh, desired=best.desired, seed=seed, hot=REHEATS[number % len(REHEATS)])
         best = better([best, _round(task, _seeds(run), pool, log)])
-        idle = 0 if best.time_s < before_s * (1 - WORTHWHILE) else idle + 1
+        if best.time_s > before_s * (1 - WORTHWHILE):
+            break
     return best
 
 

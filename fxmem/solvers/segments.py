@@ -19,6 +19,7 @@ from ..schedule import Schedule
 from .stages import Compiled, members
 from .state import desires
 
+MOST_FOR_NOTHING = 100_000  # stages x storages up to which keeping nothing is looked at
 SEGMENT_COUNTS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 
 
@@ -38,11 +39,14 @@ class Segment:
 
 
 def starting_states(compiled: Compiled, starts: Sequence[Schedule] = ()) -> list[tuple[int, ...]]:
-    """The given schedules, everything kept, nothing kept, and segments of equal bytes, as wishes for each stage."""
+    """The given schedules, everything kept, segments of equal bytes, halves within halves, and where the graph is small enough
+    to make everything again for each stage, nothing kept; as wishes for each stage."""
     count = len(compiled.stages)
     found = [tuple(desires(compiled, schedule)) for schedule in starts]
-    found += [(compiled.everything,) * count, (0,) * count]
-    return found + list(equal_segments(compiled))
+    found += [(compiled.everything,) * count, *equal_segments(compiled), wishes_of(compiled, nested(compiled, 2, count))]
+    if count * len(compiled.sizes) <= MOST_FOR_NOTHING:
+        found.append((0,) * count)
+    return found
 
 
 def equal_segments(compiled: Compiled) -> Iterator[tuple[int, ...]]:

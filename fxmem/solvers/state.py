@@ -72,14 +72,13 @@ class State:
 
     def change(self, wishes: dict[int, int]) -> None:
         """Replace desired[t] by wishes[t]; `undo` takes it back as long as `keep` was not called."""
-        desired, log, always = self.desired, self._log, self.compiled.always
-        log.append(("totals", self.time_s, self.excess_bytes))
-        for t, bits in wishes.items():
-            log.append(("desired", t, desired[t]))
-            desired[t] = bits | always
         if not wishes:
             return
-        dirty_low, dirty_high = self._spread(min(wishes), max(wishes))
+        desired, always, first, last = self.desired, self.compiled.always, min(wishes), max(wishes)
+        self._log.append(("desired", first, desired[first : last + 1], self.time_s, self.excess_bytes))
+        for t, bits in wishes.items():
+            desired[t] = bits | always
+        dirty_low, dirty_high = self._spread(first, last)
         if dirty_high >= 0:
             self._settle(dirty_high, dirty_low)
 
@@ -93,19 +92,20 @@ class State:
         while log:
             entry = log.pop()
             name = entry[0]
-            if name == "back":
-                _, t, self.live[t], self.live_bytes[t], self.peak_bytes[t], self._excess[t] = entry
-            elif name == "alive":
-                _, t, self.alive[t] = entry
-            elif name == "walk":
+            if name == "walk":
                 _, t, self.recomputes[t], self.seconds[t], self.touched[t], self.made[t], self._replays[t] = entry
-            elif name == "desired":
-                _, t, self.desired[t] = entry
-            elif name == "totals":
-                _, self.time_s, self.excess_bytes = entry
-            else:
-                _, carried, self.forward_peak_bytes, self._forward_excess = entry
+            elif name == "back":
+                _, carried, self.forward_peak_bytes, self._forward_excess, live, live_bytes, peaks, excesses = entry
+                count = len(live)
+                self.live[:count], self.live_bytes[:count] = live, live_bytes
+                self.peak_bytes[:count], self._excess[:count] = peaks, excesses
                 self._carry(carried)
+            elif name == "alive":
+                _, t, alive = entry
+                self.alive[t : t + len(alive)] = alive
+            else:
+                _, t, desired, self.time_s, self.excess_bytes = entry
+                self.desired[t : t + len(desired)] = desired
 
     def schedule(self) -> Schedule:
         """The steps that the state stands for."""
@@ -117,24 +117,27 @@ class State:
     def _spread(self, first: int, last: int) -> tuple[int, int]:
         """Forward from the first changed wish: the lowest and highest stage that now recomputes otherwise."""
         alive, made, desired, touched, log = self.alive, self.made, self.desired, self.touched, self._log
-        low, high = len(alive), -1
+        low, high, before = len(alive), -1, alive[first:]
+        found = alive[first - 1] | made[first - 1] if first else self.everything
+        walks = []
         for t in range(first, len(alive)):
-            found = (alive[t - 1] | made[t - 1]) & desired[t] if t else desired[0]
+            found &= desired[t]
             old = alive[t]
-            if found == old:
-                if t > last:
-                    break
-                continue
-            log.append(("alive", t, old))
-            alive[t] = found
-            if (found ^ old) & touched[t]:
-                log.append(("walk", t, self.recomputes[t], self.seconds[t], touched[t], made[t], self._replays[t]))
-                before = self.recomputes[t]
-                self.time_s -= self.seconds[t]
-                self._enter(t)
-                self.time_s += self.seconds[t]
-                if self.recomputes[t] != before:
-                    low, high = min(low, t), t
+            if found != old:
+                alive[t] = found
+                if (found ^ old) & touched[t]:
+                    walks.append(("walk", t, self.recomputes[t], self.seconds[t], touched[t], made[t], self._replays[t]))
+                    was = self.recomputes[t]
+                    self.time_s -= self.seconds[t]
+                    self._enter(t)
+                    self.time_s += self.seconds[t]
+                    if self.recomputes[t] != was:
+                        low, high = min(low, t), t
+            elif t > last:
+                break
+            found |= made[t]
+        log.append(("alive", first, before[: t + 1 - first]))
+        log += walks
         return low, high
 
     def _enter(self, t: int) -> None:
@@ -209,9 +212,12 @@ class State:
 
     def _settle(self, high: int, low: int, everywhere: bool = False) -> None:
         """Backward over the stages from the highest that recomputes otherwise, until what is live agrees again."""
-        live, live_bytes, peaks, excesses, log = self.live, self.live_bytes, self.peak_bytes, self._excess, self._log
+        live, live_bytes, peaks, excesses = self.live, self.live_bytes, self.peak_bytes, self._excess
         replays, budget_bytes = self._replays, self.budget_bytes
-        for t in range(high, -1, -1):
+        saved = [values[: high + 1] for values in (live, live_bytes, peaks, excesses)]
+        self._log.append(("back", self._carried, self.forward_peak_bytes, self._forward_excess, *saved))
+        t = high
+        while t >= 0:
             after, after_bytes = (live[t + 1], live_bytes[t + 1]) if t + 1 < len(live) else (0, 0)
             relevant, memo = replays[t]
             concerned = after & relevant
@@ -219,19 +225,36 @@ class State:
             if found is None:
                 found = memo[concerned] = self._replay(t, concerned)
             now_live, now_bytes, peak = (after ^ concerned) | found[0], after_bytes + found[1], after_bytes + found[2]
-            log.append(("back", t, live[t], live_bytes[t], peaks[t], excesses[t]))
             excess = peak - budget_bytes if peak > budget_bytes else 0
             self.excess_bytes += excess - excesses[t]
-            agrees = live[t] == now_live
+            changed, added = live[t] ^ now_live, now_bytes - live_bytes[t]
             live[t], live_bytes[t], peaks[t], excesses[t] = now_live, now_bytes, peak, excess
-            if agrees and t <= low and not everywhere:
-                return
-        log.append(("forward", self._carried, self.forward_peak_bytes, self._forward_excess))
+            t -= 1
+            if t < low and not everywhere:
+                if not changed:
+                    return
+                t = self._shift(t, changed, added)
         self._carry(live[0])
-        self.forward_peak_bytes = max(map(add, self._base, accumulate(self._change)), default=0)
+        self.forward_peak_bytes = max(self.forward_bytes(), default=0)
         excess = max(0, self.forward_peak_bytes - self.budget_bytes)
         self.excess_bytes += excess - self._forward_excess
         self._forward_excess = excess
+
+    def _shift(self, high: int, changed: int, added: int) -> int:
+        """Below and with stage `high`, stages that neither read nor make what changed carry just that more or less through;
+        the first one that does."""
+        replays, low = self._replays, high
+        while low >= 0 and not replays[low][0] & changed:
+            low -= 1
+        if low < high:
+            part, budget_bytes = slice(low + 1, high + 1), self.budget_bytes
+            self.live[part] = [bits ^ changed for bits in self.live[part]]
+            self.live_bytes[part] = [bytes_ + added for bytes_ in self.live_bytes[part]]
+            peaks = self.peak_bytes[part] = [bytes_ + added for bytes_ in self.peak_bytes[part]]
+            excesses = [bytes_ - budget_bytes if bytes_ > budget_bytes else 0 for bytes_ in peaks]
+            self.excess_bytes += sum(excesses) - sum(self._excess[part])
+            self._excess[part] = excesses
+        return low
 
     def _size(self, bits: int) -> int:
         size = self._sizes.get(bits)
