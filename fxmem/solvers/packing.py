@@ -24,8 +24,8 @@ from .moves import Moves
 from .stages import members
 from .state import State
 
-RANDOM_MOVES = 1_500
-MOST_ROUNDS = 6
+RANDOM_X_STAGES, LEAST_RANDOM, MOST_RANDOM = 300_000, 400, 1_500  # random moves, by the number of stages
+MOST_ROUNDS = 8
 ATTEMPTS = 3
 MOST_NODES = 200
 MOST_CUTS = 20
@@ -95,24 +95,25 @@ def _flip(state: State, move: Priced) -> None:
 
 def _moments(state: State) -> np.ndarray:
     """Most bytes during each stage, then during each forward operator."""
-    return np.array([*state.peak_bytes, *state.forward_bytes()], float)
+    return np.array([*state.peak_bytes, *state.forward_bytes], float)
 
 
 def _priced(state: State, moves: Moves) -> Iterator[Priced]:
     """All moves of one storage over one gap and some random ones, each that could be of use once."""
-    before, before_s, recomputes, desired = _moments(state), state.time_s, list(state.recomputes), list(state.desired)
+    before, before_s, desired = _moments(state), state.time_s, list(state.desired)
     seen = set()
     for propose in _proposals(state, moves):
+        places: set[int] = set()
         for wishes in propose:
             state.change(wishes)
+            places.update(wishes)
         added, time_s = _moments(state) - before, state.time_s - before_s
-        stages = tuple(t for t, (new, old) in enumerate(zip(state.recomputes, recomputes, strict=True)) if new != old)
-        flips = {t: new ^ old for t, (new, old) in enumerate(zip(state.desired, desired, strict=True)) if new != old}
-        state.undo()
         key = round(time_s, 12), added.tobytes()
         if (time_s < 0 or added.min() < 0) and key not in seen:
             seen.add(key)
-            yield Priced(flips, time_s, added, stages)
+            flips = {t: state.desired[t] ^ desired[t] for t in sorted(places) if state.desired[t] != desired[t]}
+            yield Priced(flips, time_s, added, tuple(state.rewalked()))
+        state.undo()
 
 
 def _proposals(state: State, moves: Moves) -> Iterator[Iterator[Wishes]]:
@@ -121,7 +122,7 @@ def _proposals(state: State, moves: Moves) -> Iterator[Iterator[Wishes]]:
         yield iter((wishes,))
     for wishes in moves.all_keeps(state):
         yield iter((wishes,))
-    for _ in range(RANDOM_MOVES):
+    for _ in range(min(MOST_RANDOM, max(LEAST_RANDOM, RANDOM_X_STAGES // len(state.live)))):
         yield (moves.draw(state) for _ in range(moves.how_many()))
 
 

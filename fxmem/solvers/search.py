@@ -21,11 +21,12 @@ from .segments import starting_states
 from .stages import Compiled, compile_problem
 from .state import State
 
-MOVES_X_STAGES, LEAST_MOVES, MOST_MOVES = 1_500_000, 4_000, 20_000
+MOVES_X_STAGES, LEAST_MOVES, MOST_MOVES = 1_500_000, 2_000, 20_000
 SEEDS = 2  # of a later round: one for each of two processes
 HOT, WARM, COOL = 5e-3, 1.5e-3, 5e-4  # temperatures at which runs begin, in fractions of the plain time
 REHEATS = (WARM, COOL)  # in turns
-FRESH = ((HOT, 0.2), (WARM, 0.05), *[(COOL, 0.05)] * 4)  # temperature, and what a byte too many weighs at first
+FRESH = ((WARM, 0.05), (COOL, 0.05), (HOT, 0.2), *[(COOL, 0.05)] * 3)  # temperature, and what a byte too many weighs at first
+RUNS_X_STAGES, LEAST_RUNS = 1_500, 2  # as many of FRESH begin a search, by the number of stages
 PACKED = 2  # of a round's best, one for each of two processes
 MOST_ROUNDS = 12
 WORTHWHILE = 5e-3  # of the extra time: a round that saves less is the last
@@ -128,4 +129,5 @@ def _seeds(run: Run) -> list[Run]:
 
 
 def _varied(run: Run) -> list[Run]:
-    return [replace(run, seed=run.seed + k, hot=hot, weight=weight) for k, (hot, weight) in enumerate(FRESH)]
+    count = max(LEAST_RUNS, RUNS_X_STAGES // len(compile_problem(run.problem).stages))
+    return [replace(run, seed=run.seed + k, hot=hot, weight=weight) for k, (hot, weight) in enumerate(FRESH[:count])]

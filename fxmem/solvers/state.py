@@ -23,7 +23,7 @@ class State:
 
     desired[t], alive[t]: storages wished for and found when stage t begins; recomputes[t]: operators run again in it, in order;
     touched[t]: storages whose presence decided that; made[t]: what they make; live[t]: what is in truth carried into stage t,
-    of live_bytes[t] bytes; peak_bytes[t]: most bytes in it. time_s: sum over all recomputes. excess_bytes: sum over the stages
+    of live_bytes[t] bytes; peak_bytes[t]: most bytes in it. forward_bytes[i]: bytes during forward operator i. time_s: sum over all recomputes. excess_bytes: sum over the stages
     and the forward of what they need beyond budget_bytes.
     """
 
@@ -51,6 +51,7 @@ class State:
         self._change = [0] * (len(self.compiled.forward_bytes) + 1)
         self._base = [b - self._saved_bytes(i, 0) for i, b in enumerate(self.compiled.forward_bytes)]
         self._carried = 0
+        self.forward_bytes = list(self._base)
         self.forward_peak_bytes = max(self._base, default=0)
         self._forward_excess = 0
         self._log: list[tuple] = []
@@ -66,9 +67,10 @@ class State:
         """The schedule's peak."""
         return max(self.forward_peak_bytes, *self.peak_bytes)
 
-    def forward_bytes(self) -> list[int]:
-        """Bytes during each operator of the forward."""
-        return list(map(add, self._base, accumulate(self._change)))
+    def rewalked(self) -> list[int]:
+        """The stages whose recomputes differ from those at the last `keep` or `undo`."""
+        first = {entry[1]: entry[2] for entry in reversed(self._log) if entry[0] == "walk"}
+        return [t for t, before in first.items() if self.recomputes[t] != before]
 
     def change(self, wishes: dict[int, int]) -> None:
         """Replace desired[t] by wishes[t]; `undo` takes it back as long as `keep` was not called."""
@@ -95,7 +97,8 @@ class State:
             if name == "walk":
                 _, t, self.recomputes[t], self.seconds[t], self.touched[t], self.made[t], self._replays[t] = entry
             elif name == "back":
-                _, carried, self.forward_peak_bytes, self._forward_excess, live, live_bytes, peaks, excesses = entry
+                _, carried, self.forward_bytes, self.forward_peak_bytes, self._forward_excess, *lists = entry
+                live, live_bytes, peaks, excesses = lists
                 count = len(live)
                 self.live[:count], self.live_bytes[:count] = live, live_bytes
                 self.peak_bytes[:count], self._excess[:count] = peaks, excesses
@@ -215,7 +218,7 @@ class State:
         live, live_bytes, peaks, excesses = self.live, self.live_bytes, self.peak_bytes, self._excess
         replays, budget_bytes = self._replays, self.budget_bytes
         saved = [values[: high + 1] for values in (live, live_bytes, peaks, excesses)]
-        self._log.append(("back", self._carried, self.forward_peak_bytes, self._forward_excess, *saved))
+        self._log.append(("back", self._carried, self.forward_bytes, self.forward_peak_bytes, self._forward_excess, *saved))
         t = high
         while t >= 0:
             after, after_bytes = (live[t + 1], live_bytes[t + 1]) if t + 1 < len(live) else (0, 0)
@@ -235,7 +238,8 @@ class State:
                     return
                 t = self._shift(t, changed, added)
         self._carry(live[0])
-        self.forward_peak_bytes = max(self.forward_bytes(), default=0)
+        self.forward_bytes = list(map(add, self._base, accumulate(self._change)))
+        self.forward_peak_bytes = max(self.forward_bytes, default=0)
         excess = max(0, self.forward_peak_bytes - self.budget_bytes)
         self.excess_bytes += excess - self._forward_excess
         self._forward_excess = excess
