@@ -14,20 +14,23 @@ import json
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
-import fxmem
+from fxmem.codegen.calls import canonical_call
 from fxmem.errors import InfeasibleBudgetError
+from fxmem.prepared import prepare
 from fxmem.problem import Problem
 from fxmem.schedule import Schedule, plain_schedule, simulate
 from fxmem.solvers import SOLVERS, least_peak, solve
+from fxmem.solvers.auto import PEERS
 from fxmem.solvers.base import Task, find_solver
 
 from .instances import read_instance
 from .models import SOLVER_MODELS
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "solvers.json"
+DEFAULT = ("auto", *PEERS, "torch_budget")
 BUDGETS = "0.7,0.5,0.4,0.33,0.25,min"
 LAYOUT = "{:<18}{:<8}{:>7}  {:<13}{:>9}{:>7}{:>9}{:>8}  {}"
 COLUMNS = LAYOUT.format("instance", "device", "budget", "solver", "extra, %", "peak", "bound, %", "seconds", "outcome")
@@ -42,6 +45,7 @@ class Case:
     problem: Problem
     plain_peak_bytes: int
     uncounted_bytes: int = 0
+    partitioner: tuple[Schedule, ...] = ()  # what PyTorch's own would do, where the problem is a module's
 
     def budget_bytes(self, fraction: float) -> int:
         return self.uncounted_bytes + int(fraction * (self.plain_peak_bytes - self.uncounted_bytes))
@@ -73,25 +77,30 @@ class Row:
 
 
 def rows_of(case: Case, budgets: list[str], solvers: list[str], time_limit_s: float) -> Iterator[Row]:
-    """A row for each budget and solver. The least peak is `auto`'s alone to look for."""
-    for budget in budgets:
+    """A row for each budget and solver, the smallest budget first: what `auto` finds there starts the next. The least peak is
+    `auto`'s alone to look for."""
+    starts: list[Schedule] = []
+    for budget in sorted(budgets, key=lambda b: 0.0 if b == "min" else float(b)):
         for solver in solvers:
             if budget != "min" or solver == "auto":
-                yield _row(case, budget, solver, time_limit_s)
+                yield _row(case, budget, solver, time_limit_s, starts)
 
 
-def _row(case: Case, budget: str, solver: str, time_limit_s: float) -> Row:
+def _row(case: Case, budget: str, solver: str, time_limit_s: float, starts: list[Schedule]) -> Row:
     begin = time.perf_counter()
     bound, outcome = None, "ok"
     try:
         if budget == "min":
             solution = least_peak(case.problem, time_limit_s=time_limit_s)
-            schedule, bound = solution.schedule, solution.lower_bound_overhead
         elif solver == "auto":
-            solution = solve(case.problem, case.budget_bytes(float(budget)), time_limit_s=time_limit_s)
-            schedule, bound = solution.schedule, solution.lower_bound_overhead
+            solution = solve(case.problem, case.budget_bytes(float(budget)), time_limit_s=time_limit_s, starts=starts)
         else:
+            solution = None
+        if solution is None:
             schedule = _alone(case, case.budget_bytes(float(budget)), solver, time_limit_s)
+        else:
+            schedule, bound = solution.schedule, solution.lower_bound_overhead
+            starts.append(schedule)
     except InfeasibleBudgetError as error:
         schedule, outcome = None, f"infeasible: the least peak met is {case.fraction(error.min_budget_bytes):.3f}"
     seconds = time.perf_counter() - begin
@@ -109,7 +118,9 @@ def _alone(case: Case, budget_bytes: int, solver: str, time_limit_s: float) -> S
     plain = plain_schedule(case.problem)
     if simulate(case.problem, plain).peak_bytes <= budget_bytes:
         return plain
-    schedule = find_solver(solver)(Task(case.problem, budget_bytes, deadline=time.monotonic() + time_limit_s)).schedule
+    starts = case.partitioner if solver == "torch_budget" else ()
+    task = Task(case.problem, budget_bytes, starts, time.monotonic() + time_limit_s)
+    schedule = find_solver(solver)(task).schedule if solver != "torch_budget" or starts else None
     fits = schedule is not None and simulate(case.problem, schedule).peak_bytes <= budget_bytes
     return schedule if fits else None
 
@@ -120,11 +131,15 @@ def instance_case(path: str) -> Case:
     return Case(pathlib.Path(path).name.removesuffix(".json.gz"), "", problem, plain_peak_bytes, problem.fixed_bytes)
 
 
-def model_case(name: str, device: str) -> Case:
-    """A model planned on meta tensors: nothing of its size is allocated."""
+def model_cases(name: str, devices: list[str]) -> Iterator[Case]:
+    """A model planned on meta tensors, from one capture: nothing of its size is allocated."""
     example = SOLVER_MODELS[name]()
-    plan = fxmem.plan(example.module, example.args, example.kwargs, budget=None, cost=device)
-    return Case(name, device, plan.problem, plan.baseline_peak_bytes)
+    args, kwargs = canonical_call(example.module, example.args, example.kwargs)
+    prepared = prepare(example.module, args, kwargs, devices[0])
+    for device in devices:
+        prepared = prepared.under(device)
+        schedules = prepared.partitioner_schedules()
+        yield Case(name, device, prepared.lowered.problem, prepared.baseline.peak_bytes, partitioner=schedules)
 
 
 def save(row: Row) -> None:
@@ -146,14 +161,13 @@ def main(arguments: list[str] | None = None) -> int:
             f"unknown: {', '.join(unknown)}; solvers: {', '.join(SOLVERS)}; models: {', '.join(SOLVER_MODELS)}", file=sys.stderr
         )
         return 2
-    cases: list[Callable[[], Case]] = [lambda path=path: instance_case(path) for path in options.instance]
+    cases: Iterator[Case] = map(instance_case, options.instance)
     if not options.instance:
-        names, devices = options.models.split(","), options.devices.split(",")
-        cases = [lambda name=name, device=device: model_case(name, device) for name in names for device in devices]
+        cases = (case for name in options.models.split(",") for case in model_cases(name, options.devices.split(",")))
     if not options.json:
         print(COLUMNS, flush=True)
-    for make in cases:
-        for row in rows_of(make(), options.budget.split(","), solvers, options.time_limit):
+    for case in cases:
+        for row in rows_of(case, options.budget.split(","), solvers, options.time_limit):
             print(json.dumps(asdict(row)) if options.json else row.line, flush=True)
             if not options.instance:
                 save(row)
@@ -168,7 +182,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--models", default=",".join(SOLVER_MODELS), help=f"comma-separated (all: {', '.join(SOLVER_MODELS)})")
     parser.add_argument("--devices", default="P100,H100", help="rooflines that the models are planned with")
     parser.add_argument("--budget", default=BUDGETS, help='comma-separated fractions of the plain peak, or "min"')
-    parser.add_argument("--solvers", default=",".join(SOLVERS), help="comma-separated")
+    parser.add_argument("--solvers", default=",".join(DEFAULT), help=f"comma-separated (of {', '.join(SOLVERS)})")
     parser.add_argument("--time-limit", type=float, default=60.0, help="seconds for one answer")
     parser.add_argument("--json", action="store_true", help="print a JSON object a line")
     return parser

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 
 _PLACES = {
-    "api": ("frontier", "plan", "transform"),
+    "api": ("frontier", "plan", "plans", "transform"),
     "codegen.planned": ("PlannedModule",),
     "cost": ("CostModel", "OpCost"),
     "errors": (
@@ -17,7 +17,7 @@ _PLACES = {
         "ProblemError", "TapeError",
     ),
     "measuring": ("Measurement", "PairMeasurement", "measure", "measure_pair"),
-    "plans": ("Frontier", "Plan"),
+    "decisions": ("Frontier", "Plan"),
 }  # fmt: skip
 _PLACE_OF = {name: place for place, names in _PLACES.items() for name in names}
 

@@ -1,37 +1,31 @@
-"""transform, plan, frontier: the pipeline from top to bottom."""
+"""transform, plan, plans, frontier: the pipeline from top to bottom."""
 
 from __future__ import annotations
 
 import functools
 import logging
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from .baseline import EagerTimeline, eager_timeline
 from .budget import Budget, parse_budget
-from .capture import Capture, capture, example_inputs_of
+from .capture import example_inputs_of
 from .codegen.calls import canonical_call
 from .codegen.partition import partition
 from .codegen.planned import PlannedModule, assemble, check_names
-from .cost import CostModel, OpCall, cost_model, workspace_bytes
-from .errors import BudgetError, CaptureError
-from .lowering import Lowered, lower
-from .passes import Costs, Liveness, MarkRegions, MatchEager, NameNodes, Rematerialize, ShapeProp, UpdateBuffers
-from .plans import Frontier, Plan
-from .solvers import Solution
+from .cost import CostModel
+from .decisions import Frontier, Plan
+from .errors import BudgetError, CaptureError, CostError, InfeasibleBudgetError
+from .passes import Rematerialize
+from .prepared import Prepared, prepare
+from .schedule import Schedule
 from .solvers import frontier as solve_frontier
 from .solving import choose
-from .torch_budget import partitioner_schedules
 from .torch_internals import FakeTensor, pytree
 
 log = logging.getLogger(__name__)
-
-CUDA_ALIGNMENT_BYTES = 512  # the caching allocator's granularity
 
 
 def transform(
@@ -74,7 +68,7 @@ def transform(
     module, args, kwargs = _example_call(module, example_inputs, example_kwargs)
     check_names(module)
     _warn_of_hooks(module)
-    prepared = _prepare(module, args, kwargs, cost or _default_cost(module, args, kwargs), output_gradients)
+    prepared = prepare(module, args, kwargs, cost or _default_cost(module, args, kwargs), output_gradients)
     plan_ = _plan(prepared, wanted, solver, time_limit_s)
     joint = Rematerialize(solution=plan_.solution)(prepared.captured.joint).graph_module
     parts = partition(joint.graph, joint.meta["fxmem_regions"])
@@ -100,7 +94,7 @@ def plan(
     """
     wanted = parse_budget(budget, max_overhead)
     module, args, kwargs = _example_call(module, example_inputs, example_kwargs)
-    return _plan(_prepare(module, args, kwargs, cost, output_gradients), wanted, solver, time_limit_s)
+    return _plan(prepare(module, args, kwargs, cost, output_gradients), wanted, solver, time_limit_s)
 
 
 def frontier(
@@ -117,71 +111,57 @@ def frontier(
     if points < 1:
         raise BudgetError(f"points={points!r} was given; a frontier has one point or more")
     module, args, kwargs = _example_call(module, example_inputs, example_kwargs)
-    prepared = _prepare(module, args, kwargs, cost, output_gradients)
+    prepared = prepare(module, args, kwargs, cost, output_gradients)
     solutions = solve_frontier(prepared.lowered.problem, points, time_limit_s=time_limit_s)
     return Frontier(tuple(prepared.plan(solution, solution.timeline.peak_bytes) for solution in solutions))
 
 
-@dataclass(frozen=True)
-class _Prepared:
-    """All that is known before a budget is."""
+def plans(
+    module: nn.Module,
+    example_inputs: Sequence[Any] | None = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+    *,
+    budgets: Sequence[float | str],
+    costs: Sequence[str | CostModel] = ("roofline",),
+    solver: str = "auto",
+    time_limit_s: float = 60.0,
+    output_gradients: str | Sequence[int] | None = None,
+) -> dict[tuple[str, float | str], Plan | InfeasibleBudgetError]:
+    """Plans for several budgets and devices, from one capture: {(name of the cost model, budget): Plan}.
 
-    model: str
-    captured: Capture
-    lowered: Lowered
-    baseline: EagerTimeline
-    cost: str
-    seconds: float
-
-    def plan(self, solution: Solution, budget_bytes: int | None) -> Plan:
-        return Plan(
-            model=self.model,
-            budget_bytes=budget_bytes,
-            baseline_peak_bytes=self.baseline.peak_bytes,
-            baseline_by_kind=self.baseline.peak_by_kind,
-            problem=self.lowered.problem,
-            solution=solution,
-            cost=self.cost,
-            capture_time_s=self.seconds,
-        )
-
-
-def _prepare(module: nn.Module, args: tuple, kwargs: dict, cost: str | CostModel, output_gradients: Any) -> _Prepared:
-    started = time.perf_counter()
-    device = _device(module, args, kwargs)
-    model = cost_model(cost, device)
-    captured = capture(module, args, kwargs, output_gradients)
-    passes = (
-        NameNodes(),
-        MatchEager(),
-        UpdateBuffers(),
-        ShapeProp(alignment_bytes=CUDA_ALIGNMENT_BYTES if device.type == "cuda" else 1),
-        Liveness(),
-        MarkRegions(),
-        Costs(model),
-    )
-    for graph_pass in passes:
-        graph_pass(captured.joint)
-    lowered = lower(captured.joint)
-    baseline = eager_timeline(captured.torch_level, *captured.call, workspace=_workspace, roots_of=_attached)
-    return _Prepared(type(module).__name__, captured, lowered, baseline, model.name, time.perf_counter() - started)
+    Smaller budgets are solved first and start the larger ones, so that a larger budget never costs more extra time. A budget
+    that cannot be met has its InfeasibleBudgetError in place of a Plan. time_limit_s: for each. Otherwise as for `plan`.
+    """
+    wanted = {budget: parse_budget(budget) for budget in budgets}
+    module, args, kwargs = _example_call(module, example_inputs, example_kwargs)
+    if not costs:
+        raise CostError("costs=() was given; name one cost model or more")
+    prepared, found = prepare(module, args, kwargs, costs[0], output_gradients), {}
+    for number, cost in enumerate(costs):
+        prepared = prepared.under(cost) if number else prepared
+        starts: list[Schedule] = []
+        for budget in sorted(wanted, key=lambda b: _least_first(wanted[b], prepared.baseline.peak_bytes)):
+            try:
+                plan_ = found[prepared.cost, budget] = _plan(prepared, wanted[budget], solver, time_limit_s, starts)
+                starts.append(plan_.solution.schedule)
+            except InfeasibleBudgetError as error:
+                found[prepared.cost, budget] = error
+    names = dict.fromkeys(name for name, _ in found)
+    return {(name, budget): found[name, budget] for name in names for budget in wanted}
 
 
-def _plan(prepared: _Prepared, budget: Budget, solver: str, time_limit_s: float) -> Plan:
+def _least_first(budget: Budget, plain_peak_bytes: int) -> float:
+    if budget.is_free:
+        return float("inf")
+    return 0 if budget.least else budget.resolve(plain_peak_bytes)
+
+
+def _plan(prepared: Prepared, budget: Budget, solver: str, time_limit_s: float, starts: Sequence[Schedule] = ()) -> Plan:
     plain_peak_bytes = prepared.baseline.peak_bytes
-    starts = partitioner_schedules(prepared.captured.joint, prepared.lowered) if solver == "torch_budget" else ()
+    starts = (*starts, *prepared.partitioner_schedules()) if solver == "torch_budget" else starts
     solution = choose(prepared.lowered.problem, budget, plain_peak_bytes, solver, time_limit_s, starts)
     budget_bytes = None if budget.is_free else budget.resolve(plain_peak_bytes) or solution.timeline.peak_bytes
     return prepared.plan(solution, budget_bytes)
-
-
-def _attached(outputs: Any) -> list[torch.Tensor]:
-    """The outputs that the planned step differentiates: capture has detached all others."""
-    return [t for t in pytree.tree_leaves(outputs) if isinstance(t, torch.Tensor) and t.requires_grad]
-
-
-def _workspace(operator: Any, args: tuple, kwargs: dict, result: Any) -> int:
-    return workspace_bytes(OpCall(operator, args, kwargs, result))
 
 
 def _example_call(
@@ -211,13 +191,6 @@ def _default_cost(module: nn.Module, args: tuple, kwargs: dict) -> str:
     """Measured, where there are real tensors on a real device."""
     tensors = [t for t in (*module.parameters(), *pytree.tree_leaves((args, kwargs))) if isinstance(t, torch.Tensor)]
     return "roofline" if any(t.is_meta or isinstance(t, FakeTensor) for t in tensors) else "measured"
-
-
-def _device(module: nn.Module, args: tuple, kwargs: dict) -> torch.device:
-    tensors = (
-        t for t in (*module.parameters(), *module.buffers(), *pytree.tree_leaves((args, kwargs))) if isinstance(t, torch.Tensor)
-    )
-    return next((t.device for t in tensors if not t.is_meta), torch.device("cpu"))
 
 
 def _warn_of_hooks(module: nn.Module) -> None:

@@ -7,7 +7,7 @@ from random import Random
 import pytest
 import torch
 from helpers.instances import load_instance
-from helpers.models import Transformer
+from helpers.models import ConvNet
 from helpers.problems import chain, random_problem
 
 import fxmem
@@ -123,16 +123,16 @@ def test_without_any_time_there_is_a_plan():
 
 
 def test_what_stands_in_for_a_solver_that_finds_nothing():
-    problem = chain(24)
-    solution = solve(problem, 80, solver="per_block")
-    assert solution.timeline.peak_bytes <= 80
-    assert "per_block found nothing that fits" in solution.status and solution.solver == "auto"
+    problem = chain(12)
+    solution = solve(problem, 60, solver="chen_sqrt")
+    assert solution.timeline.peak_bytes <= 60
+    assert "chen_sqrt found nothing that fits" in solution.status and solution.solver == "auto"
 
 
 def test_the_partitioners_decisions_are_read_from_a_module():
-    args = (torch.randint(0, 50, (4, 64)),)
-    plan = fxmem.plan(Transformer(), args, budget=0.9, solver="torch_budget")
-    best = fxmem.plan(Transformer(), args, budget=0.9)
+    args = (torch.randn(4, 3, 32, 32),)
+    plan = fxmem.plan(ConvNet(), args, budget=0.9, solver="torch_budget")
+    best = fxmem.plan(ConvNet(), args, budget=0.9)
     assert plan.solution.solver == "torch_budget" and plan.predicted_peak_bytes <= plan.budget_bytes
     assert 0 < best.predicted_overhead <= plan.predicted_overhead < 1
     with pytest.raises(FxmemError, match="fxmem.plan"):

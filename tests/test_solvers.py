@@ -48,7 +48,7 @@ def test_an_infeasible_budget_says_what_would_do_and_what_takes_the_room():
 
 
 def test_an_unknown_solver_is_told_the_valid_ones():
-    with pytest.raises(FxmemError, match="'gurobi'; the solvers are: auto, milp, search"):
+    with pytest.raises(FxmemError, match="'gurobi'; the solvers are: auto, checkmate_lp, .*, search, torch_budget"):
         solve(chain(3), 50, solver="gurobi")
 
 

@@ -23,6 +23,7 @@ from helpers.steps import assert_drop_in, assert_same, assert_same_steps, each_d
 from torch import nn
 
 import fxmem
+from fxmem import capture, prepared
 from fxmem.torchvision_models import load_torchvision
 
 
@@ -405,3 +406,21 @@ def test_frontier():
     curve = fxmem.frontier(ConvNet(), images(), points=4, time_limit_s=2)
     peaks, times = [p.predicted_peak_bytes for p in curve], [p.predicted_overhead for p in curve]
     assert peaks == sorted(peaks, reverse=True) and times == sorted(times) and times[0] == 0 and len(curve) >= 2
+
+
+def test_several_budgets_and_devices_from_one_capture(monkeypatch):
+    captures = []
+    monkeypatch.setattr(prepared, "capture", lambda *a: captures.append(1) or capture.capture(*a))
+    args = (torch.randn(4, 3, 32, 32),)
+    found = fxmem.plans(ConvNet(), args, budgets=(0.9, 0.8, "min", 1_000), costs=("P100", "H100"), time_limit_s=1)
+    assert len(captures) == 1
+    assert list(found) == [(cost, budget) for cost in ("P100", "H100") for budget in (0.9, 0.8, "min", 1_000)]
+    for cost in ("P100", "H100"):
+        loose, tight, least, none = (found[cost, budget] for budget in (0.9, 0.8, "min", 1_000))
+        assert loose.cost == cost and isinstance(none, fxmem.InfeasibleBudgetError)
+        assert loose.predicted_overhead <= tight.predicted_overhead <= least.predicted_overhead
+        assert tight.predicted_peak_bytes <= 0.8 * tight.baseline_peak_bytes
+    with pytest.raises(fxmem.BudgetError, match="1.5"):
+        fxmem.plans(ConvNet(), args, budgets=(0.5, 1.5))
+    with pytest.raises(fxmem.CostError, match="one cost model"):
+        fxmem.plans(ConvNet(), args, budgets=(0.5,), costs=())

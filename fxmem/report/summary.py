@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from ..budget import format_bytes
 
 if TYPE_CHECKING:
-    from ..plans import Plan
+    from ..decisions import Plan
 
 KINDS = ("parameter", "buffer", "input", "activation", "gradient", "workspace")
 TITLES = dict(zip(KINDS, ("parameters", "buffers", "inputs", "activations", "gradients", "workspace"), strict=True))

@@ -17,7 +17,7 @@ from .milp import binaries, milp
 from .search import search
 from .stages import Compiled, compile_problem
 
-MOST_BINARIES = 1_500  # up to which the exact program ends in seconds
+MOST_BINARIES = 600  # up to which the exact program ends in seconds
 CLOSE = 1e-4  # of a step: not worth closing
 PEERS = ("chen_greedy", "chen_sqrt", "per_block", "recursive", "rotor", "checkmate_lp")
 MOST_FOR_CHECKMATE = 20_000  # stages x storages up to which its linear program takes a second or two

@@ -115,8 +115,11 @@ def fixed_during(compiled: Compiled, stage: Stage) -> int:
 
 
 class Relaxation:
-    """The program's rows, with windows that begin at stage 0 and at each of `edges`. Variables: S[window, storage], storage is carried into the window; R[window, operator], it runs again
-    in the window, once or more."""
+    """The program's rows, with windows that begin at stage 0 and at each of `edges`.
+
+    Variables: S[window, storage], storage is carried into the window; R[window, operator], it runs again in the window, once
+    or more.
+    """
 
     def __init__(self, compiled: Compiled, budget_bytes: int, edges: Sequence[int] = ()):
         self.compiled, self.budget_bytes = compiled, budget_bytes

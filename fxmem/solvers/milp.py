@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 
 import numpy as np
 
@@ -88,7 +89,9 @@ def _solve(task: Task, compiled: Compiled, budget_bytes: int, most_overhead: flo
         options["time_limit"] = left_s
     program = cp.Problem(cp.Minimize(cost @ binary), constraints)
     try:
-        program.solve(solver=cp.HIGHS, **options)
+        with warnings.catch_warnings():  # of a limit that was met: the status tells
+            warnings.simplefilter("ignore", UserWarning)
+            program.solve(solver=cp.HIGHS, **options)
     except Exception as error:  # whatever happens inside of a solver, the caller goes on with other plans
         return f"{FAILED}: {error}", None, 0.0
     info = program.solver_stats.extra_stats if program.solver_stats else None

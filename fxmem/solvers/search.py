@@ -53,8 +53,9 @@ def search(task: Task) -> Answer:
 
 
 def effort(compiled: Compiled) -> int:
-    """Moves of one run: a move takes time by the number of stages."""
-    return min(MOST_MOVES, max(LEAST_MOVES, MOVES_X_STAGES // len(compiled.stages)))
+    """Moves of one run: a move takes time by the number of stages, and a small graph has few moves."""
+    stages = len(compiled.stages)
+    return min(MOST_MOVES, LEAST_MOVES + 10 * stages * len(compiled.sizes), max(LEAST_MOVES, MOVES_X_STAGES // stages))
 
 
 def first_states(task: Task, compiled: Compiled, budget_bytes: int) -> Incumbent:

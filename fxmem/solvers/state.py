@@ -23,8 +23,8 @@ class State:
 
     desired[t], alive[t]: storages wished for and found when stage t begins; recomputes[t]: operators run again in it, in order;
     touched[t]: storages whose presence decided that; made[t]: what they make; live[t]: what is in truth carried into stage t,
-    of live_bytes[t] bytes; peak_bytes[t]: most bytes in it. forward_bytes[i]: bytes during forward operator i. time_s: sum over all recomputes. excess_bytes: sum over the stages
-    and the forward of what they need beyond budget_bytes.
+    of live_bytes[t] bytes; peak_bytes[t]: most bytes in it. forward_bytes[i]: bytes during forward operator i. time_s: sum
+    over all recomputes. excess_bytes: sum over the stages and the forward of what they need beyond budget_bytes.
     """
 
     def __init__(self, compiled: Compiled, budget_bytes: int, desired: list[int] | None = None):

@@ -1,0 +1,101 @@
+"""All that is known of a module before a budget is: capture, passes, costs, the Problem, and the plain module's peak."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from .baseline import EagerTimeline, eager_timeline
+from .capture import Capture, capture
+from .cost import CostModel, OpCall, cost_model, workspace_bytes
+from .decisions import Plan
+from .lowering import Lowered, lower
+from .passes import Costs, Liveness, MarkRegions, MatchEager, NameNodes, ShapeProp, UpdateBuffers
+from .schedule import Schedule
+from .solvers import Solution
+from .torch_budget import partitioner_schedules
+from .torch_internals import pytree
+
+CUDA_ALIGNMENT_BYTES = 512  # the caching allocator's granularity
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """One capture, costed by one model. cost: its name. seconds: what all of it took."""
+
+    model: str
+    captured: Capture
+    device: torch.device
+    lowered: Lowered
+    baseline: EagerTimeline
+    cost: str
+    seconds: float
+
+    def plan(self, solution: Solution, budget_bytes: int | None) -> Plan:
+        """What a solver decided, as users see it."""
+        return Plan(
+            model=self.model,
+            budget_bytes=budget_bytes,
+            baseline_peak_bytes=self.baseline.peak_bytes,
+            baseline_by_kind=self.baseline.peak_by_kind,
+            problem=self.lowered.problem,
+            solution=solution,
+            cost=self.cost,
+            capture_time_s=self.seconds,
+        )
+
+    def under(self, cost: str | CostModel) -> Prepared:
+        """The same capture costed otherwise."""
+        model = cost_model(cost, self.device)
+        Costs(model)(self.captured.joint)
+        return replace(self, lowered=lower(self.captured.joint), cost=model.name)
+
+    def partitioner_schedules(self) -> tuple[Schedule, ...]:
+        """What PyTorch's own partitioner would do with this step (see `torch_budget`)."""
+        return partitioner_schedules(self.captured.joint, self.lowered)
+
+
+def prepare(
+    module: nn.Module, args: tuple, kwargs: Mapping[str, Any], cost: str | CostModel, output_gradients: Any = None
+) -> Prepared:
+    """Capture a module and run every pass that needs no budget."""
+    started = time.perf_counter()
+    device = device_of(module, args, kwargs)
+    model = cost_model(cost, device)
+    captured = capture(module, args, kwargs, output_gradients)
+    passes = (
+        NameNodes(),
+        MatchEager(),
+        UpdateBuffers(),
+        ShapeProp(alignment_bytes=CUDA_ALIGNMENT_BYTES if device.type == "cuda" else 1),
+        Liveness(),
+        MarkRegions(),
+        Costs(model),
+    )
+    for graph_pass in passes:
+        graph_pass(captured.joint)
+    lowered = lower(captured.joint)
+    baseline = eager_timeline(captured.torch_level, *captured.call, workspace=_workspace, roots_of=_attached)
+    return Prepared(type(module).__name__, captured, device, lowered, baseline, model.name, time.perf_counter() - started)
+
+
+def device_of(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> torch.device:
+    """Where a call's tensors are; the CPU where all are on meta."""
+    tensors = (
+        t for t in (*module.parameters(), *module.buffers(), *pytree.tree_leaves((args, kwargs))) if isinstance(t, torch.Tensor)
+    )
+    return next((t.device for t in tensors if not t.is_meta), torch.device("cpu"))
+
+
+def _attached(outputs: Any) -> list[torch.Tensor]:
+    """The outputs that the planned step differentiates: capture has detached all others."""
+    return [t for t in pytree.tree_leaves(outputs) if isinstance(t, torch.Tensor) and t.requires_grad]
+
+
+def _workspace(operator: Any, args: tuple, kwargs: dict, result: Any) -> int:
+    return workspace_bytes(OpCall(operator, args, kwargs, result))
