@@ -68,7 +68,7 @@ def test_unet_stays_near_the_best_known(fraction, most_percent, least_percent):
     solution = solve(problem, peak(problem, fraction))
     assert solution.timeline.peak_bytes <= peak(problem, fraction)
     assert least_percent <= 100 * solution.lower_bound_overhead <= 100 * solution.timeline.overhead <= most_percent
-    assert "of the bound" in solution.status
+    assert "of the bound" in solution.status or solution.status == "optimal"
 
 
 def test_the_same_input_gives_the_same_schedule():

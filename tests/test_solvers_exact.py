@@ -15,6 +15,7 @@ from fxmem.solvers import solve
 from fxmem.solvers.annealing import Run, anneal
 from fxmem.solvers.base import Task
 from fxmem.solvers.bound import knapsack, lower_bound
+from fxmem.solvers.lift import lift
 from fxmem.solvers.milp import milp
 from fxmem.solvers.moves import Moves
 from fxmem.solvers.stages import compile_problem
@@ -67,7 +68,11 @@ def test_bounds_hold_for_any_schedule(seed):
     for budget_bytes, _ in budgets(problem):
         best_s = least_time_s(problem, budget_bytes, ordered=False)
         assert knapsack(compiled, budget_bytes) <= best_s + 1e-6
-        assert lower_bound(compiled, budget_bytes, math.inf, []) <= best_s + 1e-6
+        bound_s = lower_bound(compiled, budget_bytes, math.inf, [])
+        assert bound_s <= best_s + 1e-6
+        assert (
+            math.isinf(bound_s) or bound_s <= lift(compiled, budget_bytes, bound_s, math.inf, 60, math.inf, []) <= best_s + 1e-6
+        )
         assert math.isinf(best_s) or least_possible_bytes(problem, compiled) <= budget_bytes
 
 

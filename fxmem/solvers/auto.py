@@ -13,12 +13,14 @@ from dataclasses import replace
 from ..schedule import Schedule, simulate
 from .base import SOLVERS, Answer, Task, judge, register_solver
 from .bound import lower_bound
+from .lift import lift
 from .milp import binaries, milp
 from .search import search
 from .stages import Compiled, compile_problem
 
 MOST_BINARIES = 600  # up to which the exact program ends in seconds
 CLOSE = 1e-4  # of a step: not worth closing
+FAR = 1.15  # times the bound: worth lifting
 PEERS = ("chen_greedy", "chen_sqrt", "per_block", "recursive", "rotor", "checkmate_lp")
 MOST_FOR_CHECKMATE = 20_000  # stages x storages up to which its linear program takes a second or two
 
@@ -32,11 +34,14 @@ def auto(task: Task) -> Answer:
     answer = search(task)
     log += answer.log
     unit_s = task.problem.plain_time_s or 1.0
-    bound = lower_bound(compiled, task.budget_bytes, task.deadline, log) / unit_s
-    if not math.isfinite(bound):
+    bound_s = lower_bound(compiled, task.budget_bytes, task.deadline, log)
+    if not math.isfinite(bound_s):
         return replace(answer, log=tuple(log))
     found = judge(task, [answer.schedule, *task.starts])
     overhead = found[1].overhead if found else math.inf
+    if overhead * unit_s > FAR * bound_s:
+        bound_s = lift(compiled, task.budget_bytes, bound_s, overhead * unit_s, task.limit_s, task.deadline, log)
+    bound = bound_s / unit_s
     proven = False
     if overhead - bound > CLOSE and not answer.stopped and binaries(task.problem, compiled) <= MOST_BINARIES:
         exact = milp(replace(task, starts=(found[0],) if found else ()))

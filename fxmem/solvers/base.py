@@ -37,8 +37,8 @@ class Solution:
 class Task:
     """What a solver is asked: the cheapest schedule with a peak of at most budget_bytes.
 
-    starts: schedules to begin from; they need not fit. deadline: in time.monotonic() seconds. bounded: whether the caller
-    wants a lower bound as well.
+    starts: schedules to begin from; they need not fit. deadline: in time.monotonic() seconds. limit_s: seconds from the start
+    of the whole to the deadline.
     """
 
     problem: Problem
@@ -46,7 +46,7 @@ class Task:
     starts: tuple[Schedule, ...] = ()
     deadline: float = float("inf")
     progress: Progress | None = None
-    bounded: bool = True
+    limit_s: float = 60.0
 
     @property
     def out_of_time(self) -> bool:

@@ -133,7 +133,7 @@ class Relaxation:
         self.variables = len(self.windows) * self.width
         self.starts, self.columns, self.values, self.upper = [0], [], [], []
 
-    def solve(self, deadline: float, *, integer: bool = False) -> Outcome:
+    def solve(self, deadline: float, *, integer: bool = False, most_nodes: int = MOST_NODES) -> Outcome:
         """Solve it, or the integer program that it relaxes."""
         if not self.upper:
             self.carried_or_made()
@@ -141,7 +141,7 @@ class Relaxation:
             self.inputs_present()
             self.forward_fits()
             self.backward_fits()
-        return minimize(self.program(integer), deadline=deadline, most_nodes=MOST_NODES)
+        return minimize(self.program(integer), deadline=deadline, most_nodes=most_nodes)
 
     def s(self, window: int, k: int) -> int:
         return window * self.width + self.column[k]

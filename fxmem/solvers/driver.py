@@ -41,7 +41,7 @@ def solve(
     an unknown solver.
     """
     begin = time.monotonic()
-    task = Task(problem, budget_bytes, tuple(starts), begin + time_limit_s, progress)
+    task = Task(problem, budget_bytes, tuple(starts), begin + time_limit_s, progress, time_limit_s)
     function = find_solver(solver)
     plain = plain_fits(task)
     if plain is not None:

@@ -31,6 +31,7 @@ PACKED = 2  # of a round's best, one for each of two processes
 MOST_ROUNDS = 12
 WORTHWHILE = 5e-3  # of the extra time: a round that saves less is the last
 SQUEEZE_WEIGHT = 10.0  # what a byte too many weighs when only bytes matter
+SQUEEZE_MOVES = 9_000  # at least
 ATTEMPTS = 3
 
 
@@ -73,8 +74,9 @@ def squeeze(
 
     By default the task's time limit does not hold here: any plan is worth more than none in time.
     """
+    moves = max(SQUEEZE_MOVES, effort(compiled))
     for number, hot in enumerate((HOT, WARM)):
-        run = Run(task.problem, budget_bytes, best.smallest, effort(compiled), 100 + SEEDS * number, hot, weight=SQUEEZE_WEIGHT)
+        run = Run(task.problem, budget_bytes, best.smallest, moves, 100 + SEEDS * number, hot, weight=SQUEEZE_WEIGHT)
         best = better([best, *pool.run_all(_seeds(run), deadline, task.progress)])
         if best.desired is not None or best.stopped:
             break
