@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import pathlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from .results import FOLDER, Results, load
-from .tables import full_markdown, readme_markdown
+from .tables import full_markdown, readme_markdown, solvers_markdown
 
 ROOT = pathlib.Path(__file__).parent.parent
-BEGIN, END = "<!-- results of benchmarks.step: begin -->", "<!-- results: end -->"
-PAGES: dict[str, Callable[[Results], str]] = {"README.md": readme_markdown, "docs/benchmarks.md": full_markdown}
+END = "<!-- results: end -->"
 
 
-def with_tables(page: str, table: Callable[[Results], str], results: Iterable[Results]) -> str:
-    """The text of `page` with what lies between its two marks made anew."""
-    before, _, rest = page.partition(BEGIN)
+def begin(benchmark: str) -> str:
+    return f"<!-- results of {benchmark}: begin -->"
+
+
+def with_tables(page: str, benchmark: str, tables: Iterable[str]) -> str:
+    """The text of `page` with what lies between a benchmark's two marks made anew."""
+    before, _, rest = page.partition(begin(benchmark))
     _, _, after = rest.partition(END)
-    return "\n\n".join([before + BEGIN, *map(table, results), END + after])
+    return "\n\n".join([before + begin(benchmark), *tables, END + after])
 
 
 def stored() -> list[Results]:
@@ -25,10 +29,26 @@ def stored() -> list[Results]:
     return [load(path) for path in sorted(FOLDER.glob("step-*.json"))]
 
 
+def solver_rows() -> list[dict]:
+    """What `benchmarks.solvers` stored for models, and what it printed for instances (`--json > instances.jsonl`)."""
+    models, instances = FOLDER / "solvers.json", FOLDER / "instances.jsonl"
+    rows = json.loads(models.read_text()) if models.exists() else []
+    return rows + ([json.loads(line) for line in instances.read_text().splitlines()] if instances.exists() else [])
+
+
+def pages() -> dict[pathlib.Path, str]:
+    """Each page that holds tables, as it should read."""
+    steps, readme, benchmarks = stored(), ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
+    page = with_tables(benchmarks.read_text(), "benchmarks.step", map(full_markdown, steps))
+    return {
+        readme: with_tables(readme.read_text(), "benchmarks.step", map(readme_markdown, steps)),
+        benchmarks: with_tables(page, "benchmarks.solvers", [solvers_markdown(solver_rows())]),
+    }
+
+
 def main() -> None:
-    for name, table in PAGES.items():
-        path = ROOT / name
-        path.write_text(with_tables(path.read_text(), table, stored()))
+    for path, text in pages().items():
+        path.write_text(text)
 
 
 if __name__ == "__main__":

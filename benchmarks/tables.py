@@ -45,6 +45,25 @@ def readme_markdown(results: Results) -> str:
     return f"{table}\n\n{_promises(results)}"
 
 
+def solvers_markdown(rows: list[dict]) -> str:
+    """One row for each question to the solvers: the default's answer, and the best of the others."""
+    questions: dict[tuple[str, str, str], dict[str, dict]] = {}
+    for row in rows:
+        questions.setdefault((row["instance"], row["device"], row["budget"]), {})[row["solver"]] = row
+    titles = ["instance", "device", "budget", "extra time, %", "bound, %", "peak, of plain", "seconds", "best other", "its, %"]
+    return _markdown("", titles, [_question(key, answers) for key, answers in questions.items() if "auto" in answers]).lstrip()
+
+
+def _question(key: tuple[str, str, str], answers: dict[str, dict]) -> list[str]:
+    auto = answers["auto"]
+    others = [row for solver, row in answers.items() if solver != "auto" and row["extra_time"] is not None]
+    best = min(others, key=lambda row: row["extra_time"], default=None)
+    cells = [f"{auto['seconds']:.1f}", best["solver"] if best else "", f"{100 * best['extra_time']:.2f}" if best else ""]
+    if auto["extra_time"] is None:
+        return [*key, auto["outcome"], "", "", *cells]
+    return [*key, f"{100 * auto['extra_time']:.2f}", f"{100 * auto['bound']:.2f}", f"{auto['peak_fraction']:.3f}", *cells]
+
+
 def _promises(results: Results) -> str:
     """What the planned rows say of budgets, predictions and equality."""
     rows = [row for row in results.rows if row.method == "fxmem" and row.is_ok]

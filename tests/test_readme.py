@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from benchmarks.report import BEGIN, END, PAGES, ROOT, stored, with_tables
+from benchmarks.report import END, ROOT, begin, pages
 
 README = (ROOT / "README.md").read_text()
 
@@ -19,11 +19,9 @@ def test_readme_is_short():
     assert README.count("\n") < 150
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_tables_are_the_results(page):
-    text = (ROOT / page).read_text()
-    assert BEGIN in text and END in text
-    assert with_tables(text, PAGES[page], stored()) == text
+def test_tables_are_the_results():
+    for path, text in pages().items():
+        assert path.read_text() == text and begin("benchmarks.step") in text and END in text
 
 
 def test_ci_runs_the_test_command():

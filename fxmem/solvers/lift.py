@@ -23,8 +23,11 @@ WORTHWHILE = 1e-3
 def lift(
     compiled: Compiled, budget_bytes: int, bound_s: float, enough_s: float, limit_s: float, deadline: float, log: list[str]
 ) -> float:
-    """A bound of at least bound_s. enough_s: what is known to be possible, and so need not be exceeded. limit_s: seconds that the
-    whole solution may take; sets how many programs are tried."""
+    """A bound of at least bound_s.
+
+    enough_s: what is known to be possible, and so need not be exceeded. limit_s: seconds that the whole solution may take; sets
+    how many programs are tried.
+    """
     begin, tries, edges = time.monotonic(), int(TRIES_PER_MINUTE * limit_s / 60), ()
     if Relaxation(compiled, budget_bytes).variables > MOST_VARIABLES:
         return bound_s
