@@ -159,6 +159,7 @@ def test_a_failing_solver_leaves_the_search(monkeypatch, broken):
     else:
         monkeypatch.setattr("cvxpy.Problem.solve", fail)
         monkeypatch.setattr(auto, "lower_bound", lambda *_: 0.0)
+        monkeypatch.setattr(auto, "lift", lambda *_: 0.0)
     solution = solve(chain(5), 70)
     assert solution.timeline.peak_bytes <= 70
     assert any("no licence" in line for line in solution.log)
