@@ -1,16 +1,18 @@
 """Solvers against exhaustive search on small random joint graphs."""
 
 import math
+import os
 from random import Random
 
 import pytest
-from helpers.brute import least_time_s
+from helpers.brute import frontier, least_time_s
 from helpers.problems import random_problem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fxmem.errors import InfeasibleBudgetError
-from fxmem.schedule import plain_schedule, simulate
+from fxmem.problem import Problem
+from fxmem.schedule import simulate
 from fxmem.solvers import solve
 from fxmem.solvers.annealing import Run, anneal
 from fxmem.solvers.base import Task
@@ -22,22 +24,22 @@ from fxmem.solvers.stages import compile_problem
 from fxmem.solvers.state import State, desires, least_possible_bytes
 
 seeds = st.integers(0, 10**6)
+EXAMPLES = int(os.environ.get("FXMEM_EXAMPLES", 0))  # 500, say: as many graphs, larger ones, an hour
 
 
-def budgets(problem):
-    """Every budget at which anything can change, from just below the plain peak down to the first that nothing fits."""
-    for budget_bytes in range(simulate(problem, plain_schedule(problem)).peak_bytes - 1, 0, -1):
-        best_s = least_time_s(problem, budget_bytes, ordered=True)
-        yield budget_bytes, best_s
-        if math.isinf(best_s):
-            return
+def some(most: int) -> settings:
+    return settings(max_examples=EXAMPLES or most, deadline=None, derandomize=True)
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+def small_problem(seed: int) -> Problem:
+    return random_problem(Random(seed), most_forward=8 if EXAMPLES else 5)
+
+
+@some(25)
 @given(seeds)
 def test_the_exact_program_is_the_best_of_its_class_at_every_budget(seed):
-    problem = random_problem(Random(seed))
-    for budget_bytes, best_s in budgets(problem):
+    problem = small_problem(seed)
+    for budget_bytes, best_s in frontier(problem, ordered=True).items():
         answer = milp(Task(problem, budget_bytes))
         if math.isinf(best_s):
             assert answer.schedule is None
@@ -48,11 +50,11 @@ def test_the_exact_program_is_the_best_of_its_class_at_every_budget(seed):
             assert timeline.time_s - problem.plain_time_s == pytest.approx(best_s, abs=1e-6)
 
 
-@settings(max_examples=8, deadline=None, derandomize=True)
+@some(8)
 @given(seeds)
 def test_auto_is_as_good_as_the_class(seed):
-    problem = random_problem(Random(seed))
-    for budget_bytes, best_s in budgets(problem):
+    problem = small_problem(seed)
+    for budget_bytes, best_s in frontier(problem, ordered=True).items():
         if math.isinf(best_s):
             break
         solution = solve(problem, budget_bytes)
@@ -60,13 +62,12 @@ def test_auto_is_as_good_as_the_class(seed):
         assert solution.timeline.time_s - problem.plain_time_s <= best_s + 1e-6
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@some(25)
 @given(seeds)
 def test_bounds_hold_for_any_schedule(seed):
-    problem = random_problem(Random(seed))
+    problem = small_problem(seed)
     compiled = compile_problem(problem)
-    for budget_bytes, _ in budgets(problem):
-        best_s = least_time_s(problem, budget_bytes, ordered=False)
+    for budget_bytes, best_s in frontier(problem, ordered=False).items():
         assert knapsack(compiled, budget_bytes) <= best_s + 1e-6
         bound_s = lower_bound(compiled, budget_bytes, math.inf, [])
         assert bound_s <= best_s + 1e-6
@@ -76,10 +77,10 @@ def test_bounds_hold_for_any_schedule(seed):
         assert math.isinf(best_s) or least_possible_bytes(problem, compiled) <= budget_bytes
 
 
-@settings(max_examples=10, deadline=None, derandomize=True)
+@some(10)
 @given(seeds)
 def test_no_schedule_exists_where_one_is_refused_below_the_floor(seed):
-    problem = random_problem(Random(seed))
+    problem = small_problem(seed)
     floor_bytes = least_possible_bytes(problem, compile_problem(problem))
     assert math.isinf(least_time_s(problem, floor_bytes - 1, ordered=False))
     with pytest.raises(InfeasibleBudgetError) as caught:
