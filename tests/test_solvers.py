@@ -1,6 +1,9 @@
 """What the solvers promise: budgets hold, results are deterministic, monotone and explained."""
 
 import math
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -62,19 +65,29 @@ def test_a_registered_solver_is_used():
         del SOLVERS["plain"]
 
 
-@pytest.mark.parametrize(("fraction", "most_percent", "least_percent"), [(0.7, 3.2, 2.4), (0.5, 6.6, 5.0), (0.4, 10.5, 7.2)])
-def test_unet_stays_near_the_best_known(fraction, most_percent, least_percent):
+def test_unet_stays_near_the_best_known():
     problem = load_instance("unet_8")
-    solution = solve(problem, peak(problem, fraction))
-    assert solution.timeline.peak_bytes <= peak(problem, fraction)
-    assert least_percent <= 100 * solution.lower_bound_overhead <= 100 * solution.timeline.overhead <= most_percent
-    assert "of the bound" in solution.status or solution.status == "optimal"
+    solution = solve(problem, peak(problem, 0.5))
+    assert solution.timeline.peak_bytes <= peak(problem, 0.5)
+    assert 0.05 <= solution.lower_bound_overhead <= solution.timeline.overhead <= 0.066
+    assert "of the bound" in solution.status
 
 
-def test_the_same_input_gives_the_same_schedule():
-    problem = load_instance("vgg16_32")
-    first, second = (solve(problem, peak(problem, 0.65)) for _ in range(2))
-    assert first.schedule == second.schedule
+def test_the_same_input_gives_the_same_schedule_in_two_processes():
+    """Two processes have two orders of hashing, and start their clocks at different times."""
+    script = (
+        "from helpers.instances import load_instance; from fxmem.solvers import solve; import hashlib;"
+        "problem = load_instance('vgg16_32');"
+        "solution = solve(problem, 2450000000);"
+        "print(hashlib.sha256(repr(solution.schedule).encode()).hexdigest(), solution.status)"
+    )
+    environment = dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path))
+    both = [
+        subprocess.Popen([sys.executable, "-c", script], env={**environment, "PYTHONHASHSEED": seed}, stdout=subprocess.PIPE)
+        for seed in ("1", "2")
+    ]
+    first, second = (process.communicate()[0] for process in both)
+    assert first == second and b"bound" in first
 
 
 def test_a_run_finds_the_same_in_the_second_process(monkeypatch):
@@ -109,10 +122,10 @@ def test_least_peak_reaches_the_floor_of_vgg():
 
 
 def test_least_peak_within_a_given_extra_time():
-    problem = load_instance("vgg16_32")
-    solution = least_peak(problem, max_overhead=0.01)
-    assert solution.timeline.overhead <= 0.01
-    assert solution.timeline.peak_bytes <= peak(problem, 0.75)
+    problem = chain(9)
+    solution = least_peak(problem, max_overhead=0.16)
+    assert 0 < solution.timeline.overhead <= 0.16  # three of nineteen operators
+    assert least_peak(problem).timeline.peak_bytes < solution.timeline.peak_bytes < peak(problem, 1.0)
 
 
 def test_the_frontier_is_monotone_from_plain_to_least():
