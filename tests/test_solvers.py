@@ -2,8 +2,10 @@
 
 import math
 import os
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import pytest
@@ -160,6 +162,29 @@ def test_an_interrupt_gives_the_best_so_far(monkeypatch):
     monkeypatch.setattr(annealing, "Moves", Interrupting)
     best = anneal(Run(problem, 90, (63,) * 7, 10_000, 0))
     assert best.stopped and best.desired is not None
+
+
+@pytest.mark.parametrize("after_s", [0.5, 3.0])
+def test_an_interrupted_process_ends_with_the_incumbent_or_cleanly(after_s):
+    script = (
+        "from helpers.instances import load_instance; from fxmem.solvers import solve; problem = load_instance('unet_8');"
+        "print('begin', flush=True);"
+        "solution = solve(problem, 643043952);"
+        "print(solution.timeline.peak_bytes)"
+    )
+    environment = dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path))
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, "-c", script], env=environment, start_new_session=True, **pipes)
+    assert process.stdout.readline() == "begin\n"
+    time.sleep(after_s)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the second process too
+    output, errors = process.communicate(timeout=30)
+    if process.returncode == 0:
+        assert int(output) <= 643043952
+    else:
+        assert errors.rstrip().endswith("KeyboardInterrupt") and "During handling" not in errors
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)  # nobody of the group is left
 
 
 @pytest.mark.parametrize("broken", ["bound", "milp"])
