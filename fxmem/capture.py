@@ -76,8 +76,7 @@ def capture(
     kwargs = dict(kwargs)
     _check_devices(module, args, kwargs)
     with restore_rng():
-        module = _without_meta(module)
-        args, kwargs = _fake_inputs(module, args, kwargs)
+        module, args, kwargs = on_fake_tensors(module, args, kwargs)
         names, input_names = _names(module), _input_names(module, args, kwargs)
         in_spec = pytree.tree_structure((args, kwargs))
         graph_module, args, kwargs = _torch_level(module, args, kwargs)
@@ -114,6 +113,12 @@ def example_inputs_of(graph_module: nn.Module) -> tuple[torch.Tensor, ...]:
             "(torch.fx.passes.shape_prop.ShapeProp)"
         )
     return tuple(found)
+
+
+def on_fake_tensors(module: nn.Module, args: tuple, kwargs: dict) -> tuple[nn.Module, tuple, dict]:
+    """The module and a call of it as they are traced: inputs fake, and parameters and buffers too where they were on meta."""
+    module = _without_meta(module)
+    return module, *_fake_inputs(module, args, kwargs)
 
 
 def _check_devices(module: nn.Module, args: tuple, kwargs: dict) -> None:

@@ -40,18 +40,22 @@ def solve(
     Raises InfeasibleBudgetError where no schedule that fits is found, with the peak that `least_peak` reaches; FxmemError for
     an unknown solver.
     """
-    begin = time.monotonic()
-    task = Task(problem, budget_bytes, tuple(starts), begin + time_limit_s, progress, time_limit_s)
+    deadline = time.monotonic() + time_limit_s
+    return _solve(Task(problem, budget_bytes, tuple(starts), deadline, progress, time_limit_s), solver)
+
+
+def _solve(task: Task, solver: str = "auto") -> Solution:
+    begin, problem, budget_bytes = time.monotonic(), task.problem, task.budget_bytes
     function = find_solver(solver)
     plain = plain_fits(task)
     if plain is not None:
         return _solution(task, Answer(plain, proven=True, log=("the plain schedule fits",)), solver, begin)
     if budget_bytes < least_possible_bytes(problem, compile_problem(problem)):
-        raise infeasible(problem, budget_bytes, smallest_schedule(replace(task, deadline=begin + time_limit_s)))
+        raise infeasible(problem, budget_bytes, smallest_schedule(task))
     answer = function(task)
     found = judge(task, [answer.schedule, plain, *task.starts])
     if found is None and solver != "auto":
-        instead = solve(problem, budget_bytes, time_limit_s=_left_s(task), starts=starts, progress=progress)
+        instead = _solve(task)
         note = f"{solver} found nothing that fits"
         return replace(instead, status=f"{instead.status} ({note})", log=(*answer.log, note, *instead.log))
     if found is None:
@@ -78,13 +82,13 @@ def least_peak(
     max_overhead: among those that cost at most this extra time only (0.1: ten percent of the plain step).
     """
     begin = time.monotonic()
-    task = Task(problem, 0, tuple(starts), begin + time_limit_s, progress)
+    task = Task(problem, 0, tuple(starts), begin + time_limit_s, progress, time_limit_s)
     if max_overhead is not None:
         best = _least_within(task, max_overhead)
         return replace(best, solve_time_s=time.monotonic() - begin)
     smallest = smallest_schedule(replace(task, deadline=begin + time_limit_s / 2))
     low_bytes = int(simulate(problem, smallest).peak_bytes * (1 + NEARLY))
-    best = solve(problem, low_bytes, time_limit_s=_left_s(task), starts=(smallest, *starts), progress=progress)
+    best = _solve(replace(task, budget_bytes=low_bytes, starts=(smallest, *starts)))
     return replace(best, solve_time_s=time.monotonic() - begin)
 
 
@@ -105,14 +109,15 @@ def frontier(
     deadline = begin + time_limit_s
     plain = plain_schedule(problem)
     high_bytes = simulate(problem, plain).peak_bytes
-    found = [solve(problem, high_bytes, time_limit_s=time_limit_s)]
-    least = least_peak(problem, time_limit_s=time_limit_s / points, starts=starts, progress=progress)
+    share_s = time_limit_s / points
+    found = [solve(problem, high_bytes)]
+    least = least_peak(problem, time_limit_s=share_s, starts=starts, progress=progress)
     known = [*starts, least.schedule]
     low_bytes = least.timeline.peak_bytes
     for k in range(1, points - 1):
         budget_bytes = high_bytes - (high_bytes - low_bytes) * k // (points - 1)
-        share_s = max(0.0, deadline - time.monotonic()) / (points - 1 - k)
-        found.append(solve(problem, budget_bytes, time_limit_s=share_s, starts=known, progress=progress))
+        until = time.monotonic() + max(0.0, deadline - time.monotonic()) / (points - 1 - k)
+        found.append(_solve(Task(problem, budget_bytes, tuple(known), until, progress, share_s)))
         known.append(found[-1].schedule)
     return _monotone([*found, least])
 
@@ -136,7 +141,9 @@ def _least_within(task: Task, max_overhead: float) -> Solution:
     for k in range(PROBES):
         probe = low_bytes + (plain_bytes - low_bytes) // 16 if k == 0 else (low_bytes + high_bytes) // 2
         try:
-            found = solve(problem, probe, time_limit_s=_left_s(task) / (PROBES - k), starts=starts, progress=task.progress)
+            until = time.monotonic() + max(0.0, task.deadline - time.monotonic()) / (PROBES - k)
+            share_s = task.limit_s / PROBES
+            found = _solve(replace(task, budget_bytes=probe, starts=tuple(starts), deadline=until, limit_s=share_s))
         except InfeasibleBudgetError as error:
             low_bytes = max(low_bytes, min(error.min_budget_bytes - 1, best.timeline.peak_bytes - 1))
             high_bytes = best.timeline.peak_bytes
@@ -162,10 +169,6 @@ def _ruled_out(compiled: Compiled, max_overhead: float, high_bytes: int) -> int:
         else:
             high_bytes = middle
     return low_bytes
-
-
-def _left_s(task: Task) -> float:
-    return max(0.0, task.deadline - time.monotonic())
 
 
 def _solution(task: Task, answer: Answer, solver: str, begin: float) -> Solution:

@@ -29,7 +29,8 @@ FRESH = ((WARM, 0.05), (COOL, 0.05), (HOT, 0.2), *[(COOL, 0.05)] * 3)  # tempera
 RUNS_X_STAGES, LEAST_RUNS = 1_500, 2  # as many of FRESH begin a search, by the number of stages
 PACKED = 2  # of a round's best, one for each of two processes
 MOST_ROUNDS = 12
-WORTHWHILE = 5e-3  # of the extra time: a round that saves less is the last
+WORTHWHILE = 5e-3  # of the extra time: a round that saves less is idle
+IDLE_ROUNDS_S = 60.0  # of the time limit that allow one idle round: who gives ten minutes gets ten rounds beyond the best
 SQUEEZE_WEIGHT = 10.0  # what a byte too many weighs when only bytes matter
 SQUEEZE_MOVES = 9_000  # at least
 ATTEMPTS = 3
@@ -100,14 +101,14 @@ def _rounds(task: Task, compiled: Compiled, budget_bytes: int, pool: Pool, log: 
         best = squeeze(task, compiled, budget_bytes, best, pool)
     if best.desired is None:
         log.append(f"search: nothing that fits; least peak met {best.smallest_bytes:,} bytes")
-    for number in range(1, MOST_ROUNDS):
-        if best.desired is None or best.stopped:
+    idle, patience = 0, max(1, int(task.limit_s / IDLE_ROUNDS_S))
+    for number in range(1, MOST_ROUNDS * patience):
+        if best.desired is None or best.stopped or idle == patience:
             break
         before_s, seed = best.time_s, number * len(FRESH)
         run = replace(fresh, desired=best.desired, seed=seed, hot=REHEATS[number % len(REHEATS)])
         best = better([best, _round(task, _seeds(run), pool, log)])
-        if best.time_s > before_s * (1 - WORTHWHILE):
-            break
+        idle = idle + 1 if best.time_s > before_s * (1 - WORTHWHILE) else 0
     return best
 
 
