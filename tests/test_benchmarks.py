@@ -73,16 +73,16 @@ def test_difference():
 
 def test_solvers_on_a_stored_instance(capsys):
     file = str(FOLDER / "vgg16_32.json.gz")
-    arguments = ["--budget", "0.7,0.5,min", "--solvers", "auto,rotor,per_block", "--time-limit", "4", "--json"]
+    arguments = ["--budget", "0.7,0.5,min", "--solvers", "auto,checkmate_lp,per_block", "--time-limit", "4", "--json"]
     assert solvers.main(["--instance", file, *arguments]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     found = {(row["budget"], row["solver"]): row for row in rows}
     assert set(rows[0]) == {f.name for f in fields(solvers.Row)} and rows[0]["instance"] == "vgg16_32"
-    ours, other, least = found["0.7", "auto"], found["0.7", "rotor"], found["min", "auto"]
+    ours, other, least = found["0.7", "auto"], found["0.7", "checkmate_lp"], found["min", "auto"]
     assert ours["bound"] <= ours["extra_time"] <= other["extra_time"]
     assert max(ours["peak_fraction"], other["peak_fraction"]) <= 0.7
     assert found["0.7", "per_block"]["outcome"] == "nothing that fits" and "infeasible" in found["0.5", "auto"]["outcome"]
-    assert 0.624 < least["peak_fraction"] < 0.64 and ("min", "rotor") not in found
+    assert 0.624 < least["peak_fraction"] < 0.64 and ("min", "checkmate_lp") not in found
 
 
 def test_solvers_on_a_model_that_is_never_built(capsys, monkeypatch, tmp_path):
