@@ -10,12 +10,14 @@ import importlib
 
 _PLACES = {
     "api": ("frontier", "plan", "plans", "transform"),
+    "checking": ("ImplementationCheck", "check_implementation"),
     "codegen.planned": ("PlannedModule",),
     "cost": ("CostModel", "OpCost"),
     "errors": (
-        "BudgetError", "CaptureError", "CostError", "FxmemError", "InfeasibleBudgetError", "MeasureError", "MissingExtraError",
-        "ProblemError", "TapeError",
+        "BudgetError", "CaptureError", "CostError", "FxmemError", "ImplementationError", "InfeasibleBudgetError",
+        "MeasureError", "MissingExtraError", "ProblemError", "TapeError",
     ),
+    "implementations": ("register_implementation",),
     "measuring": ("Measurement", "PairMeasurement", "measure", "measure_pair"),
     "decisions": ("Frontier", "Plan"),
 }  # fmt: skip

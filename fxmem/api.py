@@ -18,6 +18,7 @@ from .codegen.planned import PlannedModule, assemble, check_names
 from .cost import CostModel
 from .decisions import Frontier, Plan
 from .errors import BudgetError, CaptureError, CostError, InfeasibleBudgetError
+from .implementations import choose_implementations
 from .passes import Rematerialize
 from .prepared import Prepared, prepare
 from .schedule import Schedule
@@ -39,6 +40,8 @@ def transform(
     solver: str = "auto",
     time_limit_s: float = 60.0,
     output_gradients: str | Sequence[int] | None = None,
+    implementations: Sequence[str] | None = None,
+    exactness: str = "bitwise",
 ) -> PlannedModule:
     """A module that computes what `module` computes, outputs, gradients and buffers alike, with its peak under a budget.
 
@@ -52,6 +55,9 @@ def transform(
         name ("P100", "V100", "A100", "H100", "H200", "cpu"), or a CostModel.
     solver: a name in `fxmem.solvers.SOLVERS`. time_limit_s: seconds for the solver.
     output_gradients: which output leaves get gradients: None (the scalar ones if there are any, else all), "all", or indices.
+    implementations: names in `fxmem.implementations.IMPLEMENTATIONS` that the solver may choose from: None (all), or a tuple of
+        names; "-name" leaves one out, () leaves all out. exactness: "bitwise", or "accurate" to allow those too whose gradients
+        differ in the last bits.
 
     The peak counts parameters, buffers, inputs, all that is computed, gradients of parameters and inputs, and workspaces.
     Raises BudgetError, InfeasibleBudgetError, CaptureError and CostError, all of them FxmemError; `module` is then untouched.
@@ -64,11 +70,15 @@ def transform(
         solver=solver,
         time_limit_s=time_limit_s,
         output_gradients=output_gradients,
+        implementations=implementations,
+        exactness=exactness,
     )
+    choose_implementations(implementations, exactness)
     module, args, kwargs = _example_call(module, example_inputs, example_kwargs)
     check_names(module)
     _warn_of_hooks(module)
-    prepared = prepare(module, args, kwargs, cost or _default_cost(module, args, kwargs), output_gradients)
+    cost = cost or _default_cost(module, args, kwargs)
+    prepared = prepare(module, args, kwargs, cost, output_gradients, implementations, exactness)
     plan_ = _plan(prepared, wanted, solver, time_limit_s)
     joint = Rematerialize(solution=plan_.solution)(prepared.captured.joint).graph_module
     parts = partition(joint.graph, joint.meta["fxmem_regions"])
@@ -86,6 +96,8 @@ def plan(
     solver: str = "auto",
     time_limit_s: float = 60.0,
     output_gradients: str | Sequence[int] | None = None,
+    implementations: Sequence[str] | None = None,
+    exactness: str = "bitwise",
 ) -> Plan:
     """What `transform` would decide, without making the module: nothing is executed, nothing of the model's size allocated.
 
@@ -94,7 +106,8 @@ def plan(
     """
     wanted = parse_budget(budget, max_overhead)
     module, args, kwargs = _example_call(module, example_inputs, example_kwargs)
-    return _plan(prepare(module, args, kwargs, cost, output_gradients), wanted, solver, time_limit_s)
+    prepared = prepare(module, args, kwargs, cost, output_gradients, implementations, exactness)
+    return _plan(prepared, wanted, solver, time_limit_s)
 
 
 def frontier(
@@ -106,12 +119,14 @@ def frontier(
     cost: str | CostModel = "roofline",
     time_limit_s: float = 60.0,
     output_gradients: str | Sequence[int] | None = None,
+    implementations: Sequence[str] | None = None,
+    exactness: str = "bitwise",
 ) -> Frontier:
     """Up to `points` Plans from no recompute to the least reachable peak, from one capture. Otherwise as for `plan`."""
     if points < 1:
         raise BudgetError(f"points={points!r} was given; a frontier has one point or more")
     module, args, kwargs = _example_call(module, example_inputs, example_kwargs)
-    prepared = prepare(module, args, kwargs, cost, output_gradients)
+    prepared = prepare(module, args, kwargs, cost, output_gradients, implementations, exactness)
     solutions = solve_frontier(prepared.lowered.problem, points, time_limit_s=time_limit_s)
     return Frontier(tuple(prepared.plan(solution, solution.timeline.peak_bytes) for solution in solutions))
 
@@ -126,6 +141,8 @@ def plans(
     solver: str = "auto",
     time_limit_s: float = 60.0,
     output_gradients: str | Sequence[int] | None = None,
+    implementations: Sequence[str] | None = None,
+    exactness: str = "bitwise",
 ) -> dict[tuple[str, float | str], Plan | InfeasibleBudgetError]:
     """Plans for several budgets and devices, from one capture: {(name of the cost model, budget): Plan}.
 
@@ -136,7 +153,7 @@ def plans(
     module, args, kwargs = _example_call(module, example_inputs, example_kwargs)
     if not costs:
         raise CostError("costs=() was given; name one cost model or more")
-    prepared, found = prepare(module, args, kwargs, costs[0], output_gradients), {}
+    prepared, found = prepare(module, args, kwargs, costs[0], output_gradients, implementations, exactness), {}
     for number, cost in enumerate(costs):
         prepared = prepared.under(cost) if number else prepared
         starts: list[Schedule] = []

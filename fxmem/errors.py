@@ -37,6 +37,10 @@ class CostError(FxmemError, ValueError):
     """An unknown device, or a cost that is negative or not a number."""
 
 
+class ImplementationError(FxmemError, ValueError):
+    """An implementation of an operator that is not what it says it is, or that nobody knows."""
+
+
 class MeasureError(FxmemError, ValueError):
     """A training step that cannot be measured: no output requires grad, tensors on several devices, bad counts."""
 

@@ -57,6 +57,6 @@ def is_backward(node: fx.Node) -> bool:
 
 def is_view(node: fx.Node, infos: tuple[StorageInfo, ...]) -> bool:
     """Whether `node` makes no storage of its own: it only shows bytes that are there, and has no other effect."""
-    if node.op != "call_function" or "fxmem_writes" in node.meta:
+    if node.op != "call_function" or "fxmem_writes" in node.meta or "fxmem_offers" in node.meta:
         return False
     return bool(node.meta["fxmem_storages"]) and all(infos[s].node is not node for s in node.meta["fxmem_storages"])

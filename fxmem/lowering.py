@@ -1,12 +1,12 @@
 """From an annotated joint graph to the torch-free Problem.
 
 Every node that makes a storage, or writes one, becomes an operator; views become nothing, since whoever needs a view can make
-it again from its base for free. Order is the graph's own.
+it again from its base for free. Order is the graph's own. What implementations offer stands beside the program.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
@@ -34,7 +34,7 @@ BATCH_NORM = aten._native_batch_norm_legit_functional.default
 
 @dataclass(frozen=True)
 class Lowered:
-    """A Problem and the nodes that its operators stand for: `nodes[i]` is operator i; a variant names what it stands in for."""
+    """A Problem and the nodes that its operators stand for: `nodes[i]` is operator i, the dropout for a dropout's variant."""
 
     problem: Problem
     nodes: tuple[fx.Node, ...]
@@ -44,24 +44,49 @@ def lower(graph_module: fx.GraphModule) -> Lowered:
     """The Problem of a joint graph that ShapeProp and Costs have annotated."""
     require(graph_module, "fxmem_storages", "ShapeProp")
     infos = graph_module.meta["fxmem_storages"]
-    nodes = [n for n in graph_module.graph.nodes if n.op == "call_function" and not is_view(n, infos)]
-    nodes.sort(key=is_backward)  # stable: what the backward computes without tangents may stand anywhere
+    made = [n for n in graph_module.graph.nodes if n.op == "call_function" and not is_view(n, infos)]
+    nodes = sorted((n for n in made if "fxmem_offers" not in n.meta), key=is_backward)
+    # Stable: what the backward computes without tangents may stand anywhere.
     written = {n.meta["fxmem_writes"] for n in nodes if "fxmem_writes" in n.meta}
     returned = set(_returned(graph_module, ("output", "output_only", "gradient"), infos))
     operators = [_operator(node, infos, written, returned) for node in nodes]
     forward_end = sum(not is_backward(n) for n in nodes)
     operators.insert(forward_end, _return_operator(graph_module, infos))
     nodes.insert(forward_end, graph_module.graph.output_node())
-    variants = [(n, _dropout_variant(n, o)) for n, o in zip(nodes, operators, strict=True) if "fxmem_variant_cost" in n.meta]
+    beside = [(n, _dropout_variant(n, o)) for n, o in zip(nodes, operators, strict=True) if "fxmem_variant_cost" in n.meta]
+    beside += _offers(made, {n: p for p, n in enumerate(nodes)}, operators, infos, written)
     problem = Problem(
         storages=tuple(_storage(info) for info in infos),
-        operators=(*operators, *(variant for _, variant in variants)),
+        operators=(*operators, *(operator for _, operator in beside)),
         num_forward=forward_end + 1,
         num_program=len(nodes),
         outputs=_outputs(graph_module, infos),
         extra_bytes=sum(rng_state_bytes(n) for n in nodes if n.op == "call_function" and draws_random_numbers(n)),
     )
-    return Lowered(problem, (*nodes, *(n for n, _ in variants)))
+    return Lowered(problem, (*nodes, *(n for n, _ in beside)))
+
+
+def _offers(
+    made: list[fx.Node],
+    place: dict[fx.Node, int],
+    operators: list[Operator],
+    infos: tuple[StorageInfo, ...],
+    written: set[fx.Node],
+) -> list[tuple[fx.Node, Operator]]:
+    """What `OfferImplementations` has added, encoders first."""
+    found = []
+    for what in ("encoder", "variant", "alternative"):
+        for node in made:
+            if node.meta.get("fxmem_offers") != what:
+                continue
+            operator = _operator(node, infos, written, set())
+            if what == "variant":
+                operator = replace(operator, outputs=node.meta["fxmem_storages"])
+            if what == "alternative":
+                index = place[infos[node.meta["fxmem_storages"][0]].node]
+                operator = replace(operator, outputs=operators[index].outputs, replaces=index)
+            found.append((node, operator))
+    return found
 
 
 def draws_random_numbers(node: fx.Node) -> bool:

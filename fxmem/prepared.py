@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from .capture import Capture, capture
 from .cost import CostModel, OpCall, cost_model, workspace_bytes
 from .decisions import Plan
 from .lowering import Lowered, lower
-from .passes import Costs, Liveness, MarkRegions, MatchEager, NameNodes, ShapeProp, UpdateBuffers
+from .passes import Costs, Liveness, MarkRegions, MatchEager, NameNodes, OfferImplementations, ShapeProp, UpdateBuffers
 from .schedule import Schedule
 from .solvers import Solution
 from .torch_budget import partitioner_schedules
@@ -61,9 +61,16 @@ class Prepared:
 
 
 def prepare(
-    module: nn.Module, args: tuple, kwargs: Mapping[str, Any], cost: str | CostModel, output_gradients: Any = None
+    module: nn.Module,
+    args: tuple,
+    kwargs: Mapping[str, Any],
+    cost: str | CostModel,
+    output_gradients: Any = None,
+    implementations: Sequence[str] | None = None,
+    exactness: str = "bitwise",
 ) -> Prepared:
     """Capture a module and run every pass that needs no budget."""
+    offer = OfferImplementations(implementations, exactness)
     started = time.perf_counter()
     device = device_of(module, args, kwargs)
     model = cost_model(cost, device)
@@ -75,6 +82,7 @@ def prepare(
         ShapeProp(alignment_bytes=CUDA_ALIGNMENT_BYTES if device.type == "cuda" else 1),
         Liveness(),
         MarkRegions(),
+        offer,
         Costs(model),
     )
     for graph_pass in passes:

@@ -2,8 +2,13 @@
 
 A training step is a list of *operators* in program order, the forward ones first. Operators read and make *storages*: the
 bytes behind one or more tensors (views cost nothing and are not operators). Any forward operator may run again during the
-backward, and then makes its storages anew. A *variant* is another way to make a forward storage that only ever runs as a
-recompute (a dropout applied with its kept mask, for one).
+backward, and then makes its storages anew. Beside the program stand other ways to run parts of it, for schedules to choose:
+
+- a *variant* makes a forward storage, and only ever runs as a recompute (a dropout applied with its kept mask, for one);
+- an *encoder* makes a storage that the program does not know, from forward storages, in the forward or as a recompute (the
+  signs of a ReLU's output in bits);
+- an *alternative* runs in the place of one backward operator and makes what it makes, from other storages (the ReLU's
+  gradient from the signs).
 """
 
 from __future__ import annotations
@@ -40,6 +45,8 @@ class Operator:
     inplace: pairs (input, output): the output may take over the input's bytes when the input dies in this operator.
         The first pair whose input dies is the one that is used.
     recomputable: False for what must run exactly once.
+    replaces: of an alternative, the backward operator in whose place it runs. Where it is faster, that does not count: extra
+        time is never below zero.
     module: the user's module path, for reports.
     """
 
@@ -52,6 +59,7 @@ class Operator:
     inplace: tuple[tuple[int, int], ...] = ()
     recomputable: bool = True
     module: str = ""
+    replaces: int | None = None
 
     @property
     def again_s(self) -> float:
@@ -62,7 +70,7 @@ class Operator:
 @dataclass(frozen=True)
 class Problem:
     """A training step: operators `[0, num_forward)` are the forward, `[num_forward, num_program)` the backward, both in
-    program order; from `num_program` on stand the variants.
+    program order; from `num_program` on stand variants, encoders and alternatives, what they read before them.
 
     outputs: storages that live to the end of the step (the model's outputs, gradients of parameters and inputs).
     extra_bytes: bytes alive during the whole step that belong to no storage (saved generator states, say).
@@ -106,9 +114,40 @@ class Problem:
     def backward(self) -> range:
         return range(self.num_forward, self.num_program)
 
+    @cached_property
+    def variants(self) -> tuple[int, ...]:
+        """Other makers of forward storages."""
+        return tuple(p for p in self._beside if self.operators[p].replaces is None and p not in self.encoders)
+
+    @cached_property
+    def encoders(self) -> tuple[int, ...]:
+        """Makers of storages that the program does not know."""
+        known = {s for o in self.operators[: self.num_program] for s in o.outputs}
+        found = (p for p in self._beside if self.operators[p].replaces is None)
+        return tuple(p for p in found if not known.intersection(self.operators[p].outputs))
+
+    @cached_property
+    def alternatives(self) -> dict[int, tuple[int, ...]]:
+        """For each backward operator that has any, the operators that may run in its place."""
+        found: dict[int, tuple[int, ...]] = {}
+        for p in self._beside:
+            replaced = self.operators[p].replaces
+            if replaced is not None:
+                found[replaced] = (*found.get(replaced, ()), p)
+        return found
+
     @property
-    def variants(self) -> range:
+    def _beside(self) -> range:
         return range(self.num_program, len(self.operators))
+
+    def program_index(self, index: int) -> int:
+        """The operator in whose place `index` runs: itself, but for alternatives."""
+        replaced = self.operators[index].replaces
+        return index if replaced is None else replaced
+
+    def slower_s(self, index: int) -> float:
+        """Seconds that an alternative takes more than what it replaces."""
+        return max(0.0, self.operators[index].time_s - self.operators[self.program_index(index)].time_s)
 
 
 def _check(problem: Problem) -> None:
@@ -143,14 +182,39 @@ def _check_producer(problem: Problem, index: int, operator: Operator, available:
         raise ProblemError(
             f"operator {operator.name!r} makes storage {problem.storages[again[0]].name!r}, which exists already"
         )
-    if index >= problem.num_program:
-        forward_made = {s for o in problem.operators[: problem.num_forward] for s in o.outputs}
-        foreign = [s for s in operator.outputs if s not in forward_made]
-        if foreign:
-            raise ProblemError(
-                f"variant {operator.name!r} makes storage {problem.storages[foreign[0]].name!r}, which no forward "
-                "operator makes"
-            )
+    if operator.replaces is not None:
+        _check_alternative(problem, index, operator)
+    elif index >= problem.num_program:
+        _check_beside(problem, index, operator, again)
+
+
+def _check_alternative(problem: Problem, index: int, operator: Operator) -> None:
+    if index < problem.num_program or operator.replaces not in problem.backward:
+        raise ProblemError(
+            f"operator {operator.name!r} replaces operator {operator.replaces}, but only what stands beside the program can "
+            f"replace, and only a backward operator, {problem.num_forward} to {problem.num_program - 1}"
+        )
+    replaced = problem.operators[operator.replaces]
+    backward = {s for p in problem.backward for s in problem.operators[p].outputs}
+    if backward & set(operator.inputs) != backward & set(replaced.inputs):
+        raise ProblemError(f"alternative {operator.name!r} does not read the same gradients as {replaced.name!r}")
+    if set(operator.outputs) != set(replaced.outputs):
+        raise ProblemError(f"alternative {operator.name!r} does not make what {replaced.name!r} makes, in whose place it runs")
+
+
+def _check_beside(problem: Problem, index: int, operator: Operator, again: list[int]) -> None:
+    """A variant makes forward storages alone; an encoder none of the program's, from what one forward operator makes."""
+    made_by = {s: p for p in range(problem.num_program) for s in problem.operators[p].outputs}
+    foreign = [s for s in operator.outputs if s not in made_by or made_by[s] >= problem.num_forward]
+    if again and foreign:
+        raise ProblemError(
+            f"variant {operator.name!r} makes storage {problem.storages[foreign[0]].name!r}, which no forward operator makes"
+        )
+    sources = {made_by.get(s, index) for s in operator.inputs if s in made_by or problem.producers[s]}
+    if not again and (len(sources) > 1 or any(p >= problem.num_forward for p in sources) or not operator.recomputable):
+        raise ProblemError(
+            f"encoder {operator.name!r} must be recomputable and read what one forward operator makes, and fixed storages"
+        )
 
 
 def _check_operator(problem: Problem, operator: Operator) -> None:

@@ -15,7 +15,8 @@ from .problem import KINDS, Operator, Problem
 
 @dataclass(frozen=True)
 class Schedule:
-    """Operator indices in the order in which they run; a forward operator or variant may stand there any number of times."""
+    """Operator indices in the order in which they run; a forward operator, variant or encoder may stand there any number of
+    times, an alternative in the place of what it replaces."""
 
     steps: tuple[int, ...]
 
@@ -103,21 +104,27 @@ def inplace_pair(
     return next((p for p in operator.inplace if p[0] in dying and p[1] not in again), None)
 
 
+def forward_length(problem: Problem, schedule: Schedule) -> int:
+    """How many steps the forward has: its operators, and encoders among and right after them."""
+    outside = (step for step, p in enumerate(schedule.steps) if p >= problem.num_forward and p not in problem.encoders)
+    return next(outside, len(schedule.steps))
+
+
 def _check_order(problem: Problem, schedule: Schedule) -> None:
-    """Every program operator first runs in program order; backward operators and the not recomputable once; nothing runs
-    again, and no variant runs, before the forward is over."""
+    """Every program operator, or an alternative to it, first runs in program order; backward operators and the not
+    recomputable once; nothing runs again, and no variant runs, before the forward is over."""
     expected = 0
     for step, index in enumerate(schedule.steps):
         if not 0 <= index < len(problem.operators):
             raise ProblemError(f"step {step} names operator {index}, but there are {len(problem.operators)} operators")
-        operator = problem.operators[index]
-        if index == expected:
+        operator, place = problem.operators[index], problem.program_index(index)
+        if place == expected:
             expected += 1
-        elif problem.num_forward <= index < problem.num_program:
+        elif problem.num_forward <= place < problem.num_program:
             raise ProblemError(f"step {step} runs backward operator {operator.name!r} twice or out of order")
         elif expected < index < problem.num_forward:
             raise ProblemError(f"step {step} runs {operator.name!r} before the forward reached it")
-        elif expected < problem.num_forward:
+        elif expected < problem.num_forward and index not in problem.encoders:
             raise ProblemError(f"step {step} recomputes {operator.name!r} before the forward is over")
         elif not operator.recomputable:
             raise ProblemError(f"step {step} runs {operator.name!r} again, which is not recomputable")
@@ -139,12 +146,15 @@ def _deaths(problem: Problem, schedule: Schedule) -> list[set[int]]:
 
 
 def _time_s(problem: Problem, schedule: Schedule) -> float:
-    """Seconds of all steps: a program operator's first run costs time_s, every other run again_s."""
+    """Seconds of all steps: a program operator's first run costs time_s, an alternative what it takes more, every other run
+    again_s."""
     time_s = problem.plain_time_s
     first = set(range(problem.num_program))
     for index in schedule.steps:
-        if index in first:
-            first.discard(index)
+        place = problem.program_index(index)
+        if place in first:
+            first.discard(place)
+            time_s += problem.slower_s(index)
         else:
             time_s += problem.operators[index].again_s
     return time_s

@@ -43,7 +43,7 @@ def _as_partitioner_expects(joint: fx.GraphModule) -> tuple[fx.GraphModule, int]
     for node, role in ((n, n.meta["fxmem_role"]) for n in graph.nodes if n.op == "placeholder"):
         node.target = f"{'tangents' if role.kind == 'tangent' else 'primals'}_{node.name}"
     for node in reversed(list(graph.nodes)):
-        if node.target is torch.ops.aten.copy_.default and not node.users:
+        if "fxmem_offers" in node.meta or (node.target is torch.ops.aten.copy_.default and not node.users):
             graph.erase_node(node)
     output = graph.output_node()
     gradients = [role.kind == "gradient" for role in output.meta["fxmem_roles"]]

@@ -13,7 +13,7 @@ from torch import fx
 
 from ..graph_meta import is_view
 from ..lowering import BATCH_NORM, INPLACE_TWINS, Lowered, device_of, draws_random_numbers
-from ..schedule import Schedule, Timeline
+from ..schedule import Schedule, Timeline, forward_length
 from .operators import dropout_apply, replay, rng_state
 
 aten = torch.ops.aten
@@ -36,7 +36,8 @@ class _Emitter:
         self.current: dict[fx.Node, fx.Node] = {}
         self.results: dict[fx.Node, fx.Node] = {}
         self.states: dict[fx.Node, fx.Node] = {}
-        self.repeated = _repeated(schedule, lowered)
+        self.forward_steps = forward_length(lowered.problem, schedule)
+        self.repeated = set(schedule.steps[self.forward_steps :]) & set(lowered.problem.forward)
         self.aliases = self._aliases()
         self.place = ("forward", 0)
 
@@ -55,7 +56,7 @@ class _Emitter:
                 continue
             self._enter(regions[step])
             self._run_step(step, index, node)
-            self._hand_over(awaited.pop(node, ()))
+            self._hand_over(awaited.pop(self.lowered.nodes[self.lowered.problem.program_index(index)], ()))
         values = tuple(self.results[v] if isinstance(v, fx.Node) else v for v in output.args[0])
         copied = self.new.output(values)
         copied.meta = dict(output.meta)
@@ -90,15 +91,14 @@ class _Emitter:
 
     def _regions(self) -> list[tuple[str, int]]:
         """(phase, region) of every step: a recompute belongs to the backward operator that it serves."""
-        places, num_forward = [], self.lowered.problem.num_forward
-        backward_region = 0
+        places, backward_region = [], 0
         for step in range(len(self.schedule.steps) - 1, -1, -1):
             index = self.schedule.steps[step]
             region = self.lowered.nodes[index].meta.get("fxmem_region", 0)
-            if step < num_forward:
+            if step < self.forward_steps:
                 places.append(("forward", region))
                 continue
-            if index in self.lowered.problem.backward:
+            if self.lowered.problem.program_index(index) in self.lowered.problem.backward:
                 backward_region = region
             places.append(("backward", backward_region))
         return places[::-1]
@@ -112,25 +112,25 @@ class _Emitter:
             del self.current[node]
 
     def _run_step(self, step: int, index: int, node: fx.Node) -> None:
-        again = index >= self.lowered.problem.num_program or (
-            step >= self.lowered.problem.num_forward and index < self.lowered.problem.num_forward
-        )
+        problem, offer = self.lowered.problem, node.meta.get("fxmem_offers")
+        again = step >= self.forward_steps and problem.program_index(index) not in problem.backward
         if draws_random_numbers(node) and not again and index in self.repeated:
             self.states[node] = self._call(rng_state, (str(device_of(node)),), {}, f"{node.name}_rng_state")
         arguments, keywords = fx.map_arg(node.args, self._resolve), fx.map_arg(node.kwargs, self._resolve)
         for storage in set(self.lowered.problem.operators[index].outputs) - self.lowered.problem.outputs:
             for alias in self.aliases[storage]:
                 self.current.pop(alias, None)
-        if index >= self.lowered.problem.num_program:
+        if offer is None and index >= problem.num_program:
             self._variant(step, index, node, arguments)
             return
         target, arguments, keywords = self._form(node, again, self.timeline.inplace[step], arguments, keywords)
+        stood_for = node.meta.get("fxmem_stands_for", node)
         made = self._call(target, arguments, keywords, f"{node.name}_recomputed" if again else node.name)
         made.meta = node.meta | made.meta
         if again:
-            made.meta |= {"fxmem_recomputes": node.name, "fxmem_avoided_bytes": self._used_bytes(step, index)}
-        self.current[node] = made
-        self._items(step, node)
+            made.meta |= {"fxmem_recomputes": stood_for.name, "fxmem_avoided_bytes": self._used_bytes(step, index)}
+        self.current[stood_for] = made
+        self._items(step, stood_for)
 
     def _form(self, node: fx.Node, again: bool, pair: tuple[int, int] | None, arguments: tuple, keywords: dict):
         """How a step runs: plainly, in place, or as the repeat of what must not happen twice."""
@@ -209,8 +209,3 @@ def _is_item(node: fx.Node, infos) -> bool:
         and any(infos[s].node is node.all_input_nodes[0] for s in node.meta["fxmem_storages"])
         and isinstance(node.all_input_nodes[0].meta["val"], (tuple, list))
     )
-
-
-def _repeated(schedule: Schedule, lowered: Lowered) -> set[int]:
-    """Forward operators that the schedule runs more than once."""
-    return set(schedule.steps[lowered.problem.num_forward :]) & set(lowered.problem.forward)

@@ -16,6 +16,7 @@ from .base import OpCall, storage_key
 
 aten = torch.ops.aten
 TILE = 1 << 16
+OPERANDS: dict[object, Callable[[tuple], tuple]] = {}  # for operators of which made-up arguments would not be valid: valid ones
 
 
 def real_operands(call: OpCall, device: torch.device) -> tuple[tuple, dict]:
@@ -43,7 +44,8 @@ def real_operands(call: OpCall, device: torch.device) -> tuple[tuple, dict]:
             buffers[group] = _filled(last - first, leaf.dtype, place, bounds.get(id(leaf), 1))
         return torch.as_strided(buffers[group], leaf.shape, leaf.stride(), leaf.storage_offset() - first)
 
-    return pytree.tree_map(real, (call.args, call.kwargs))
+    args, kwargs = pytree.tree_map(real, (call.args, call.kwargs))
+    return OPERANDS.get(call.packet, tuple)(args), kwargs
 
 
 def _storage_group(tensor: torch.Tensor) -> tuple:

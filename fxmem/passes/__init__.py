@@ -6,6 +6,7 @@ UpdateBuffers   writes buffers where they change
 ShapeProp       fake values and storages of every node
 Liveness        first and last uses, bytes alive
 MarkRegions     where the chain of regions is cut
+OfferImplementations   other ways to run backward operators, for the solver to choose from
 Costs           seconds and workspace of every node
 Rematerialize   solves for a budget and writes the graph anew, in place where the schedule says so
 """
@@ -15,9 +16,13 @@ from .costs import Costs
 from .liveness import Liveness
 from .match_eager import MatchEager
 from .names import NameNodes
+from .offer import OfferImplementations
 from .regions import MarkRegions
 from .rematerialize import Rematerialize
 from .shape_prop import ShapeProp
 from .update_buffers import UpdateBuffers
 
-__all__ = ["Costs", "Liveness", "MarkRegions", "MatchEager", "NameNodes", "Pass", "Rematerialize", "ShapeProp", "UpdateBuffers"]
+__all__ = [
+    "Costs", "Liveness", "MarkRegions", "MatchEager", "NameNodes", "OfferImplementations", "Pass", "Rematerialize", "ShapeProp",
+    "UpdateBuffers",
+]  # fmt: skip

@@ -17,7 +17,7 @@ from .base import Pass
 
 class ShapeProp(Pass):
     """Annotates every node with `meta["val"]` (fake) and `meta["fxmem_storages"]`, the indices of the storages behind it,
-    and the graph module with `meta["fxmem_storages"]`, a tuple of StorageInfo.
+    and the graph module with `meta["fxmem_storages"]`, a tuple of StorageInfo, and `meta["fxmem_alignment_bytes"]`.
 
     example_inputs: fake or real inputs; where None, the placeholders' own `meta["val"]` is used.
     alignment_bytes: what the device's allocator rounds sizes up to (CUDA: 512).
@@ -64,7 +64,7 @@ class ShapeProp(Pass):
                     infos.append(StorageInfo(node, self._rounded(leaf.untyped_storage().nbytes())))
                 indices.append(index_of[key])
             node.meta["fxmem_storages"] = tuple(dict.fromkeys(indices))
-        graph_module.meta["fxmem_storages"] = tuple(infos)
+        graph_module.meta.update(fxmem_storages=tuple(infos), fxmem_alignment_bytes=self.alignment_bytes)
 
     def _rounded(self, size_bytes: int) -> int:
         return -(-size_bytes // self.alignment_bytes) * self.alignment_bytes

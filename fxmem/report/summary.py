@@ -6,6 +6,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from ..budget import format_bytes
+from ..schedule import forward_length
 
 if TYPE_CHECKING:
     from ..decisions import Plan
@@ -62,12 +63,13 @@ def kept_and_recomputed(plan: Plan) -> tuple[Counter, Counter, Counter]:
     problem, schedule, timeline = plan.problem, plan.solution.schedule, plan.solution.timeline
     kept, again, seconds = Counter(), Counter(), Counter()
     alive: set[int] = set()
+    forward_steps = forward_length(problem, schedule)
     for step, index in enumerate(schedule.steps):
         operator = problem.operators[index]
-        if step < problem.num_forward:
+        if step < forward_steps:
             alive |= set(operator.outputs)
             alive -= {*timeline.frees[step]}
-        elif index not in problem.backward:
+        elif problem.program_index(index) not in problem.backward:
             again[operator.module] += sum(problem.storages[s].size_bytes for s in operator.outputs)
             seconds[operator.module] += operator.again_s
     for storage in alive - problem.outputs:

@@ -7,7 +7,8 @@ once; the cheapest choice of what to keep is a fractional knapsack (Dantzig 1957
 runs several times in a window is paid for once. MONeT's rows for the moments inside of a recompute hold for its own order of
 recomputes only; here memory is counted only at moments that every schedule passes, the forward's operators and the
 backward's: what the window reads later, or hands on, and never makes again, lies there. Storages too small to matter count
-as always present, for nothing. All of this can only lower the bound.
+as always present, for nothing; of an operator with alternatives, only what all of them read counts, and encoding costs
+nothing. All of this can only lower the bound.
 
 Few windows make the better bound, not only the smaller program: in many stages, the linear relaxation recomputes half an
 operator twice from half of an input, where one window asks for the whole input. One window takes hundredths of a second, and
@@ -69,11 +70,22 @@ def hint(compiled: Compiled, budget_bytes: int, deadline: float) -> tuple[int, .
         for i, p in enumerate(relaxation.operators):
             if x[relaxation.r(0, i)] > 0.5:
                 dropped |= compiled.recomputes[p].outputs
+        dropped |= _evaded(compiled, relaxation, x)
     wishes, reached = [], 0
     for stage in compiled.stages:
         wishes.append(compiled.everything & ~(dropped & ~reached))
-        reached |= stage.needs
+        reached |= stage.common_needs
     return tuple(wishes)
+
+
+def _evaded(compiled: Compiled, relaxation: Relaxation, x: np.ndarray) -> int:
+    """What only some options of a stage read, and the relaxation does not keep for anybody else."""
+    bits = 0
+    for stage in compiled.stages:
+        for k in members(stage.needs & ~stage.common_needs):
+            if k in relaxation.column and x[relaxation.s(0, k)] < 0.5:
+                bits |= 1 << k
+    return bits
 
 
 def knapsack(compiled: Compiled, budget_bytes: int) -> float:
@@ -84,9 +96,9 @@ def knapsack(compiled: Compiled, budget_bytes: int) -> float:
     wanted = np.zeros(len(sizes), bool)
     best_s = 0.0
     for stage in reversed(compiled.stages):
-        if stage.needs:
+        if stage.common_needs:
             needs = np.zeros(len(sizes), bool)
-            needs[members(stage.needs)] = True
+            needs[members(stage.common_needs)] = True
             wanted &= ~needs
             room = budget_bytes - fixed_during(compiled, stage)
             chosen = order[wanted[order]]
@@ -111,7 +123,7 @@ def _prices(compiled: Compiled) -> np.ndarray:
 
 def fixed_during(compiled: Compiled, stage: Stage) -> int:
     """Bytes during a stage's operator that no schedule avoids."""
-    return stage.during_bytes + compiled.bytes_of(stage.needs) - max((s for _, s in stage.inplace), default=0)
+    return min(option.least_bytes for option in stage.options) + compiled.bytes_of(stage.common_needs)
 
 
 class Relaxation:
@@ -208,7 +220,7 @@ class Relaxation:
         entries, room = [], self.budget_bytes - fixed_during(self.compiled, stage)
         for k in self.bits:
             size = float(self.compiled.sizes[k])
-            if stage.needs >> k & 1:
+            if stage.common_needs >> k & 1:
                 continue
             if k in later:
                 room -= size
@@ -222,7 +234,7 @@ class Relaxation:
     def _read(self, stages: range) -> set[int]:
         bits = 0
         for t in stages:
-            bits |= self.compiled.stages[t].needs
+            bits |= self.compiled.stages[t].common_needs
         return {k for k in members(bits) if k in self.column}
 
     def program(self, integer: bool) -> Program:

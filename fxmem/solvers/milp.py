@@ -7,7 +7,8 @@ operator of the stage that makes or reads it, so it counts until its last use. S
 
 Exact within this class: before each backward operator, recompute in program order (a variant right after the last of the
 operators that make its inputs and outputs), each operator at most once. Recomputing earlier than needed is in the class;
-running one operator twice for one stage, or another order in a stage, is not.
+running one operator twice for one stage, or another order in a stage, is not. Operator implementations are MONeT's M[t, p]: one
+option for each backward operator, which needs only what that option reads.
 
 Cost: stages x (storages + operators) binaries. Proves optimality up to some 2,000 of them in seconds.
 """
@@ -56,7 +57,8 @@ def milp(task: Task) -> Answer:
 
 def binaries(problem: Problem, compiled: Compiled) -> int:
     """How many binaries the program of a problem has."""
-    return len(problem.backward) * (len(compiled.sizes) + len(compiled.recomputes))
+    alternatives = sum(map(len, problem.alternatives.values()))
+    return len(problem.backward) * (len(compiled.sizes) + len(compiled.recomputes)) + alternatives + len(problem.encoders)
 
 
 def _solve(task: Task, compiled: Compiled, budget_bytes: int, most_overhead: float | None):
@@ -72,6 +74,8 @@ def _solve(task: Task, compiled: Compiled, budget_bytes: int, most_overhead: flo
     families = (
         milp_model.carried_or_made(v),
         milp_model.inputs_present(v),
+        milp_model.one_option(v),
+        milp_model.encoded_or_not_carried(v),
         milp_model.inplace_where_the_input_dies(v),
         milp_model.kept_for_a_use(v),
         milp_model.forward_fits(v, budget_bytes),
@@ -82,6 +86,10 @@ def _solve(task: Task, compiled: Compiled, budget_bytes: int, most_overhead: flo
     cost = np.zeros(v.choices)
     for (_, j), variable in v.run.items():
         cost[variable] = compiled.recomputes[v.slots[j]].time_s / unit_s
+    for (t, end), variable in v.end.items():
+        cost[variable] = compiled.stages[t].options[end].slower_s / unit_s
+    for moment, variable in v.encode.items():
+        cost[variable] = compiled.encoders[moment].time_s / unit_s
     if most_overhead is not None:
         constraints.append(cost @ binary <= most_overhead * (1 + 1e-9) + 1e-12)
     options = {"mip_rel_gap": 1e-7, "mip_abs_gap": 1e-9, "mip_max_nodes": MOST_NODES, "random_seed": 0}

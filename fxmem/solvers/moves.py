@@ -37,6 +37,9 @@ class Moves:
             self.copy,
             self.range,
         )
+        self.choosing = [t for t, stage in enumerate(compiled.stages) if len(stage.options) > 1]
+        if self.choosing:
+            self.kinds += (self.switch, self.switch)
 
     def draw(self, state: State) -> dict[int, int]:
         """One random move."""
@@ -65,6 +68,14 @@ class Moves:
                 bits |= self.compiled.recomputes[p].inputs | self.compiled.recomputes[p].outputs
             for k in members(bits & self.free):
                 wishes = self._keep_until(state, t, 1 << k)
+                if wishes:
+                    yield wishes
+
+    def all_switches(self, state: State) -> Iterator[dict[int, int]]:
+        """Each stage's last operator run by each other option."""
+        for t in self.choosing:
+            for end in range(len(self.compiled.stages[t].options)):
+                wishes = self._run_by(state, t, end) if end != state.ends[t] else {}
                 if wishes:
                     yield wishes
 
@@ -154,6 +165,27 @@ class Moves:
             if new != old & target:
                 wishes[t] = wishes.get(t, old) & ~target | new
 
+    def switch(self, state: State) -> dict[int, int]:
+        """Run a stage's last operator by another of its options."""
+        t = self._pick(self.choosing)
+        return self._run_by(state, t, self._pick(range(len(self.compiled.stages[t].options))))
+
+    def _run_by(self, state: State, t: int, end: int) -> dict[int, int]:
+        """To carry into stage t what one option reads, and from its last use on nothing that only others do."""
+        stage = self.compiled.stages[t]
+        needs = stage.options[end].needs & self.free
+        wishes = {t: state.desired[t]}
+        for k in members(stage.any_needs & self.free & ~needs):
+            low = t
+            while low > 0 and not (state.touched[low - 1] | state.made[low - 1]) >> k & 1:
+                low -= 1
+            for u in range(low, t + 1):
+                wishes[u] = wishes.get(u, state.desired[u]) & ~(1 << k)
+        for k in members(needs & ~state.alive[t]):
+            for u, bits in self._keep_until(state, t, 1 << k).items():
+                wishes[u] = wishes.get(u, state.desired[u]) | (bits & 1 << k)
+        return {u: bits for u, bits in wishes.items() if bits != state.desired[u]}
+
     def _pick(self, items):
         return items[int(self.rng.random() * len(items))]
 
@@ -201,7 +233,7 @@ def _first_needs(compiled: Compiled) -> list[int]:
     """For each storage the first stage that reads it; where none does, that of the nearest storage made before it."""
     first = [-1] * len(compiled.sizes)
     for t in range(len(compiled.stages) - 1, -1, -1):
-        for k in members(compiled.stages[t].needs):
+        for k in members(compiled.stages[t].any_needs):
             first[k] = t
     known = len(compiled.stages) - 1
     for k, t in enumerate(first):

@@ -122,6 +122,8 @@ def _proposals(state: State, moves: Moves) -> Iterator[Iterator[Wishes]]:
         yield iter((wishes,))
     for wishes in moves.all_keeps(state):
         yield iter((wishes,))
+    for wishes in moves.all_switches(state):
+        yield iter((wishes,))
     for _ in range(min(MOST_RANDOM, max(LEAST_RANDOM, RANDOM_X_STAGES // len(state.live)))):
         yield (moves.draw(state) for _ in range(moves.how_many()))
 

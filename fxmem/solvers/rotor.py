@@ -72,7 +72,7 @@ def _chain(compiled: Compiled, cuts: list[int]) -> _Chain:
         if stage.needs:
             now = min(now, place[stage.needs.bit_length() - 1])
             read |= stage.needs
-        during[now] = max(during[now], stage.during_bytes, stage.head_bytes, stage.between_bytes)
+        during[now] = max(during[now], stage.options[0].during_bytes, stage.head_bytes, stage.between_bytes)
     for k, size in enumerate(compiled.sizes):
         kept[place[k]] += size if read >> k & 1 else 0
     return _Chain(edges, tuple(seconds), tuple(crossing[e] for e in edges[:-1]), tuple(kept), tuple(during))

@@ -9,6 +9,8 @@ recomputed for it runs just before it.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property, reduce
+from operator import and_, or_
 
 from ..problem import Operator, Problem
 
@@ -16,21 +18,64 @@ ALWAYS_KEPT_FRACTION = 1e-3  # storages this small in sum are not worth a decisi
 
 
 @dataclass(frozen=True)
+class Option:
+    """One way to run a stage's last operator: the program's own, or an alternative.
+
+    needs: bits that it reads (0 in a last stage that reads nothing). during_bytes: while it runs, without the forward storages
+    that the bits stand for. inplace: (bit of the input, or 0 where it surely dies, bytes saved). slower_s: seconds more than
+    the program's own.
+    """
+
+    operator: int
+    needs: int
+    during_bytes: int
+    inplace: tuple[tuple[int, int], ...]
+    slower_s: float = 0.0
+
+    @property
+    def least_bytes(self) -> int:
+        """While it runs in place."""
+        return self.during_bytes - max((saved for _, saved in self.inplace), default=0)
+
+
+@dataclass(frozen=True)
 class Stage:
     """Constants of one backward stage; bytes without the forward storages that the bits stand for.
 
-    operators: the stage's backward operators; all but the last read no forward storage.
-    needs: bits that the last operator reads (0 in a last stage that reads nothing).
-    head_bytes: most bytes during the operators before the recomputes; between_bytes: while the recomputes run;
-    during_bytes: while the last operator runs. inplace: (bit of the input, or 0 where it surely dies, bytes saved).
+    operators: the stage's backward operators but the last; they read no forward storage. options: the ways to run the last.
+    head_bytes: most bytes during the operators before the recomputes; between_bytes: while the recomputes run.
     """
 
     operators: tuple[int, ...]
-    needs: int
+    options: tuple[Option, ...]
     head_bytes: int
     between_bytes: int
-    during_bytes: int
-    inplace: tuple[tuple[int, int], ...]
+
+    @cached_property
+    def needs(self) -> int:
+        """Bits that the program's own last operator reads."""
+        return self.options[0].needs
+
+    @cached_property
+    def common_needs(self) -> int:
+        """Bits that every option reads."""
+        return reduce(and_, (option.needs for option in self.options))
+
+    @cached_property
+    def any_needs(self) -> int:
+        """Bits that some option reads."""
+        return reduce(or_, (option.needs for option in self.options))
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """An encoder in the forward. group: its place and those of the others that encode what the same operator makes."""
+
+    outputs: int
+    inputs: int
+    workspace_bytes: int
+    time_s: float
+    group: range
 
 
 @dataclass(frozen=True)
@@ -52,8 +97,10 @@ class Compiled:
     always: bits that are kept until their last use: too small to matter, or impossible to make again.
     makers[k]: operators that can make bit k again. late_inputs[p]: inputs of variant p that the forward makes later than its
     outputs: it is used only where they are alive.
-    forward_bytes[i]: bytes during forward operator i if nothing were carried into the backward and nothing ran in place;
-    last_use[k]: the last forward operator that uses bit k; forward_inplace[i]: as in Stage.
+    forward[m]: the operator at moment m of the forward; encoders follow what they encode, and only run where it is carried.
+    forward_bytes[m]: bytes then if nothing were carried into the backward and nothing ran in place; last_use[k]: the last
+    moment at which the program uses bit k, or the one before it is encoded; forward_inplace[m]: as in Option.
+    encoders: those of the forward by their moments.
     """
 
     problem: Problem
@@ -64,9 +111,11 @@ class Compiled:
     recomputes: dict[int, Recompute]
     makers: tuple[tuple[int, ...], ...]
     late_inputs: dict[int, int]
+    forward: tuple[int, ...]
     forward_bytes: tuple[int, ...]
     last_use: tuple[int, ...]
     forward_inplace: tuple[tuple[tuple[int, int], ...], ...]
+    encoders: dict[int, Encoder]
 
     @property
     def everything(self) -> int:
@@ -93,31 +142,53 @@ def compile_problem(problem: Problem, *, merged: bool = True) -> Compiled:
 
     merged: operators that read no forward storage join the next stage; otherwise each backward operator is a stage.
     """
-    made = [s for index in problem.forward for s in problem.operators[index].outputs]
+    forward = _forward_order(problem)
+    made = [s for index in forward for s in problem.operators[index].outputs]
     storages = tuple(s for s in made if s not in problem.outputs)
     bit = {s: 1 << k for k, s in enumerate(storages)}
     sizes = tuple(problem.storages[s].size_bytes for s in storages)
-    last_use = _last_forward_use(problem, storages)
-    again = [p for p in (*problem.forward, *problem.variants) if problem.operators[p].recomputable]
+    last_use = _last_forward_use(problem, forward, storages)
+    again = [p for p in (*problem.forward, *problem.variants, *problem.encoders) if problem.operators[p].recomputable]
     recomputes = {p: _recompute(problem, problem.operators[p], bit) for p in again}
     late = {p: _late_inputs(problem, p, bit) for p in again}
     makers = tuple(tuple(p for p in problem.producers[s] if p in recomputes) for s in storages)
-    always = _impossible(makers, late) | _small(problem, sizes)
-    forward_bytes = _forward_bytes(problem, storages, last_use)
-    pairs = tuple(_pairs(problem, problem.operators[i], bit, lambda s: False) for i in problem.forward)
     return Compiled(
-        problem,
-        storages,
-        sizes,
-        always,
-        _stages(problem, bit, merged),
-        recomputes,
-        makers,
-        late,
-        forward_bytes,
-        last_use,
-        pairs,
+        problem=problem,
+        storages=storages,
+        sizes=sizes,
+        always=_impossible(makers, late) | _small(problem, sizes),
+        stages=_stages(problem, bit, merged),
+        recomputes=recomputes,
+        makers=makers,
+        late_inputs=late,
+        forward=forward,
+        forward_bytes=_forward_bytes(problem, forward, storages, last_use),
+        last_use=last_use,
+        forward_inplace=tuple(_pairs(problem, problem.operators[i], bit, lambda s: False) for i in forward),
+        encoders=_encoders(problem, forward, bit),
     )
+
+
+def _forward_order(problem: Problem) -> tuple[int, ...]:
+    """The forward with every encoder right after what makes the first of its inputs last."""
+    behind: dict[int, list[int]] = {}
+    for p in problem.encoders:
+        makers = (problem.producers[s][0] for s in problem.operators[p].inputs if problem.producers[s])
+        behind.setdefault(max(makers, default=0), []).append(p)
+    return tuple(p for index in problem.forward for p in (index, *behind.get(index, ())))
+
+
+def _encoders(problem: Problem, forward: tuple[int, ...], bit: dict[int, int]) -> dict[int, Encoder]:
+    found, first = {}, 0
+    for moment, index in enumerate(forward):
+        if index < problem.num_forward:
+            first = moment + 1
+            continue
+        last = next((m for m in range(moment, len(forward)) if forward[m] < problem.num_forward), len(forward))
+        o = problem.operators[index]
+        inputs, outputs = _bits(o.inputs, bit), _bits(o.outputs, bit)
+        found[moment] = Encoder(outputs, inputs, o.workspace_bytes, o.again_s, range(first, last))
+    return found
 
 
 def _bits(storages: tuple[int, ...], bit: dict[int, int]) -> int:
@@ -176,25 +247,30 @@ def _small(problem: Problem, sizes: tuple[int, ...]) -> int:
     return bits
 
 
-def _last_forward_use(problem: Problem, storages: tuple[int, ...]) -> tuple[int, ...]:
+def _last_forward_use(problem: Problem, forward: tuple[int, ...], storages: tuple[int, ...]) -> tuple[int, ...]:
     last = {}
-    for index in problem.forward:
+    for moment, index in enumerate(forward):
         operator = problem.operators[index]
-        last.update(dict.fromkeys((*operator.inputs, *operator.outputs), index))
+        if index < problem.num_forward:
+            last.update(dict.fromkeys((*operator.inputs, *operator.outputs), moment))
+        else:
+            last.update(dict.fromkeys(operator.outputs, moment - 1))
     return tuple(last[s] for s in storages)
 
 
-def _forward_bytes(problem: Problem, storages: tuple[int, ...], last_use: tuple[int, ...]) -> tuple[int, ...]:
+def _forward_bytes(
+    problem: Problem, forward: tuple[int, ...], storages: tuple[int, ...], last_use: tuple[int, ...]
+) -> tuple[int, ...]:
     last = dict(zip(storages, last_use, strict=True))
-    change = [0] * (problem.num_forward + 1)
-    for index in problem.forward:
-        for s in problem.operators[index].outputs:
-            change[index] += problem.storages[s].size_bytes
-            change[last.get(s, problem.num_forward - 1) + 1] -= problem.storages[s].size_bytes
+    change = [0] * (len(forward) + 1)
+    for moment, index in enumerate(forward):
+        for s in problem.operators[index].outputs if index < problem.num_forward else ():
+            change[moment] += problem.storages[s].size_bytes
+            change[last.get(s, len(forward) - 1) + 1] -= problem.storages[s].size_bytes
     now, found = problem.fixed_bytes, []
-    for index in problem.forward:
-        now += change[index]
-        found.append(now + problem.operators[index].workspace_bytes)
+    for moment, index in enumerate(forward):
+        now += change[moment]
+        found.append(now + (problem.operators[index].workspace_bytes if index < problem.num_forward else 0))
     return tuple(found)
 
 
@@ -217,15 +293,21 @@ def _stages(problem: Problem, bit: dict[int, int], merged: bool) -> tuple[Stage,
             if last[s] == index and s not in bit and s not in problem.outputs and problem.producers[s]
         }
         between, now = now, now + sum(size[s] for s in made_here)
-        during, needs = now + operator.workspace_bytes, _bits(operator.inputs, bit)
-        pairs = _pairs(problem, operator, bit, dying.__contains__)
+        options = tuple(_option(problem, p, bit, now, dying) for p in (index, *problem.alternatives.get(index, ())))
         now -= sum(size[s] for s in dying)
-        operators.append(index)
-        if needs or not merged:
-            stages.append(Stage(tuple(operators), needs, head, between, during, pairs))
+        if options[0].needs or not merged:
+            stages.append(Stage(tuple(operators), options, head, between))
             head, operators = 0, []
         else:
-            head = max(head, during - (pairs[0][1] if pairs else 0))
+            operators.append(index)
+            head = max(head, options[0].least_bytes)
     if operators or not stages:
-        stages.append(Stage(tuple(operators), 0, head, now, now, ()))
+        stages.append(Stage(tuple(operators), (Option(-1, 0, now, ()),), head, now))
     return tuple(stages)
+
+
+def _option(problem: Problem, index: int, bit: dict[int, int], now: int, dying: set[int]) -> Option:
+    operator = problem.operators[index]
+    pairs = _pairs(problem, operator, bit, dying.__contains__)
+    needs, during_bytes = _bits(operator.inputs, bit), now + operator.workspace_bytes
+    return Option(index, needs, during_bytes, pairs, problem.slower_s(index))

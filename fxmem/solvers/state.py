@@ -7,11 +7,12 @@ as `fxmem.schedule.simulate` does. So any state is a valid schedule, and the wis
 
 from __future__ import annotations
 
+from functools import reduce
 from itertools import accumulate
-from operator import add
+from operator import add, or_
 
 from ..problem import Problem
-from ..schedule import Schedule
+from ..schedule import Schedule, forward_length
 from .stages import Compiled, members
 
 MOST_WALKS = 200  # walks remembered for each stage
@@ -22,9 +23,10 @@ class State:
     """Desired carries for each stage, what follows from them, and an undo log for the last change.
 
     desired[t], alive[t]: storages wished for and found when stage t begins; recomputes[t]: operators run again in it, in order;
-    touched[t]: storages whose presence decided that; made[t]: what they make; live[t]: what is in truth carried into stage t,
-    of live_bytes[t] bytes; peak_bytes[t]: most bytes in it. forward_bytes[i]: bytes during forward operator i. time_s: sum
-    over all recomputes. excess_bytes: sum over the stages and the forward of what they need beyond budget_bytes.
+    ends[t]: the option that its last operator runs by; touched[t]: storages whose presence decided that; made[t]: what they
+    make; live[t]: what is in truth carried into stage t, of live_bytes[t] bytes; peak_bytes[t]: most bytes in it.
+    forward_bytes[m]: bytes at moment m of the forward. time_s: sum over all recomputes, encoders and slower alternatives.
+    excess_bytes: sum over the stages and the forward of what they need beyond budget_bytes.
     """
 
     def __init__(self, compiled: Compiled, budget_bytes: int, desired: list[int] | None = None):
@@ -32,7 +34,9 @@ class State:
         self.everything = compiled.everything
         self._sizes = {1 << k: size for k, size in enumerate(compiled.sizes)} | {0: 0}
         self._table = {p: (r.inputs, r.outputs, r.extra_bytes, r.inplace) for p, r in compiled.recomputes.items()}
-        self._needs = [s.needs for s in compiled.stages]
+        self._options = [s.options for s in compiled.stages]
+        self._needs = [s.any_needs for s in compiled.stages]
+        self._encoding_s = {bit: e.time_s for e in compiled.encoders.values() for bit in (1 << k for k in members(e.outputs))}
         self._maker = {1 << k: options[0] if len(options) == 1 else None for k, options in enumerate(compiled.makers)}
         self._walks: list[dict] = [{} for _ in compiled.stages]
         self.reset(desired or [self.everything] * len(compiled.stages), budget_bytes)
@@ -44,6 +48,7 @@ class State:
         self.desired = [bits | self.compiled.always for bits in desired]
         self.alive, self.touched, self.made, self.live = ([0] * count for _ in range(4))
         self.recomputes: list[tuple[int, ...]] = [()] * count
+        self.ends = [0] * count
         self._replays: list[tuple[int, dict]] = [(0, {})] * count
         self.seconds = [0.0] * count
         self.live_bytes, self.peak_bytes, self._excess = ([0] * count for _ in range(3))
@@ -58,8 +63,8 @@ class State:
         for t in range(count):
             self.alive[t] = self.desired[t] if t == 0 else (self.alive[t - 1] | self.made[t - 1]) & self.desired[t]
             self._enter(t)
-        self.time_s = sum(self.seconds)
         self._settle(count - 1, 0, everywhere=True)
+        self.time_s += sum(self.seconds)  # beside what encoding takes
         self._log.clear()
 
     @property
@@ -68,9 +73,9 @@ class State:
         return max(self.forward_peak_bytes, *self.peak_bytes)
 
     def rewalked(self) -> list[int]:
-        """The stages whose recomputes differ from those at the last `keep` or `undo`."""
-        first = {entry[1]: entry[2] for entry in reversed(self._log) if entry[0] == "walk"}
-        return [t for t, before in first.items() if self.recomputes[t] != before]
+        """The stages that run otherwise than at the last `keep` or `undo`."""
+        first = {entry[1]: (entry[2], entry[-1]) for entry in reversed(self._log) if entry[0] == "walk"}
+        return [t for t, before in first.items() if (self.recomputes[t], self.ends[t]) != before]
 
     def change(self, wishes: dict[int, int]) -> None:
         """Replace desired[t] by wishes[t]; `undo` takes it back as long as `keep` was not called."""
@@ -95,7 +100,7 @@ class State:
             entry = log.pop()
             name = entry[0]
             if name == "walk":
-                _, t, self.recomputes[t], self.seconds[t], self.touched[t], self.made[t], self._replays[t] = entry
+                _, t, self.recomputes[t], self.seconds[t], self.touched[t], self.made[t], self._replays[t], self.ends[t] = entry
             elif name == "back":
                 _, carried, self.forward_bytes, self.forward_peak_bytes, self._forward_excess, *lists = entry
                 live, live_bytes, peaks, excesses = lists
@@ -112,9 +117,12 @@ class State:
 
     def schedule(self) -> Schedule:
         """The steps that the state stands for."""
-        steps = list(self.compiled.problem.forward)
-        for stage, again in zip(self.compiled.stages, self.recomputes, strict=True):
-            steps += (*stage.operators[:-1], *again, *stage.operators[-1:])
+        compiled = self.compiled
+        unused = {m for m, encoder in compiled.encoders.items() if not encoder.outputs & self._carried}
+        steps = [p for m, p in enumerate(compiled.forward) if m not in unused]
+        for stage, again, end in zip(compiled.stages, self.recomputes, self.ends, strict=True):
+            last = stage.options[end].operator
+            steps += (*stage.operators, *again, *((last,) if last >= 0 else ()))
         return Schedule(tuple(steps))
 
     def _spread(self, first: int, last: int) -> tuple[int, int]:
@@ -129,12 +137,12 @@ class State:
             if found != old:
                 alive[t] = found
                 if (found ^ old) & touched[t]:
-                    walks.append(("walk", t, self.recomputes[t], self.seconds[t], touched[t], made[t], self._replays[t]))
-                    was = self.recomputes[t]
+                    was, end = self.recomputes[t], self.ends[t]
+                    walks.append(("walk", t, was, self.seconds[t], touched[t], made[t], self._replays[t], end))
                     self.time_s -= self.seconds[t]
                     self._enter(t)
                     self.time_s += self.seconds[t]
-                    if self.recomputes[t] != was:
+                    if self.recomputes[t] != was or self.ends[t] != end:
                         low, high = min(low, t), t
             elif t > last:
                 break
@@ -144,20 +152,36 @@ class State:
         return low, high
 
     def _enter(self, t: int) -> None:
-        """Find what stage t recomputes from what it finds alive."""
+        """Find what stage t recomputes from what it finds alive, and how its last operator runs."""
         memo, alive = self._walks[t], self.alive[t]
         for touched, present, found in memo.get(self._needs[t] & alive, ()):
             if alive & touched == present:
                 break
         else:
-            found = self._walk(self._needs[t], alive)
+            found = self._cheapest(t, alive)
             if len(memo) > MOST_WALKS:
                 memo.clear()
             entries = memo.setdefault(self._needs[t] & alive, [])
             if len(entries) > 8:
                 del entries[0]
             entries.append((found[2], alive & found[2], found))
-        self.recomputes[t], self.seconds[t], self.touched[t], self.made[t], self._replays[t] = found
+        self.recomputes[t], self.seconds[t], self.touched[t], self.made[t], self._replays[t], self.ends[t] = found
+
+    def _cheapest(self, t: int, alive: int) -> tuple:
+        """The walk of the stage's cheapest option, the first of equals; what it finds encoded counts with what that took."""
+        options = self._options[t]
+        if len(options) == 1:
+            return *self._walk(options[0].needs, alive), 0
+        best, best_s, looked = None, 0.0, self._needs[t]
+        for end, option in enumerate(options):
+            order, seconds, touched, made, replay = self._walk(option.needs, alive)
+            looked |= touched
+            seconds += option.slower_s
+            paid_s = seconds + sum(self._encoding_s.get(1 << k, 0.0) for k in members(option.needs & alive))
+            if best is None or paid_s < best_s - 1e-12:
+                best, best_s = (order, seconds, made, replay, end), paid_s
+        order, seconds, made, replay, end = best
+        return order, seconds, looked, made, replay, end
 
     def _walk(self, needs: int, have: int) -> tuple[tuple[int, ...], float, int, int, tuple[int, dict]]:
         """Post-order over what is missing: operators, their seconds, all that was looked at, all that is made, and what the
@@ -270,13 +294,14 @@ class State:
         """Stage t in reverse, from what is live after it, as far as the stage uses or makes it: what of that is live before it,
         and the change of the live bytes and the stage's peak, both beyond the bytes live after it."""
         stage, size, live_bytes = self.compiled.stages[t], self._size, 0
-        peak = stage.during_bytes
-        for bit, saved in stage.inplace:
+        option = stage.options[self.ends[t]]
+        peak = option.during_bytes
+        for bit, saved in option.inplace:
             if not live & bit:
                 peak -= saved
                 break
-        live_bytes += size(stage.needs & ~live)
-        live |= stage.needs
+        live_bytes += size(option.needs & ~live)
+        live |= option.needs
         peak += live_bytes
         between = stage.between_bytes
         for index in reversed(self.recomputes[t]):
@@ -292,33 +317,56 @@ class State:
             live = (live & ~outputs) | inputs
         return live, live_bytes, max(peak, stage.head_bytes + live_bytes)
 
-    def _saved_bytes(self, index: int, carried: int) -> int:
-        """Bytes that forward operator `index` saves in place, where `carried` goes on into the backward."""
-        for bit, saved in self.compiled.forward_inplace[index]:
-            if self.compiled.last_use[bit.bit_length() - 1] == index and not carried & bit:
+    def _saved_bytes(self, moment: int, carried: int) -> int:
+        """Bytes that the operator at a moment of the forward saves in place, where `carried` goes on into the backward; for an
+        encoder that runs, less than nothing: what it takes."""
+        compiled = self.compiled
+        encoder = compiled.encoders.get(moment)
+        if encoder is not None:
+            if not encoder.outputs & carried:
+                return 0
+            behind = [compiled.encoders[m] for m in encoder.group if m >= moment]
+            inputs = reduce(or_, (e.inputs for e in behind if e.outputs & carried))
+            dead = (k for k in members(inputs & ~carried) if compiled.last_use[k] < encoder.group.start)
+            own = compiled.bytes_of(encoder.outputs & ~carried) + encoder.workspace_bytes
+            return -own - sum(compiled.sizes[k] for k in dead)
+        for bit, saved in compiled.forward_inplace[moment]:
+            if compiled.last_use[bit.bit_length() - 1] == moment and not carried & bit:
                 return saved
         return 0
 
     def _carry(self, carried: int) -> None:
-        """Change what the forward hands over, and with it the forward's bytes."""
-        changed, before = carried ^ self._carried, self._carried
+        """Change what the forward hands over, and with it the forward's bytes and what encoding takes."""
+        compiled, changed, before = self.compiled, carried ^ self._carried, self._carried
         self._carried = carried
+        moments = set()
         for k in members(changed):
-            size, last = self.compiled.sizes[k], self.compiled.last_use[k]
+            size, last = compiled.sizes[k], compiled.last_use[k]
             self._change[last + 1] += size if carried >> k & 1 else -size
-        for index in {self.compiled.last_use[k] for k in members(changed)}:
-            self._base[index] += self._saved_bytes(index, before) - self._saved_bytes(index, carried)
+            moments.add(last)
+        for moment in self._encoders_of(changed):
+            encoder = compiled.encoders[moment]
+            self.time_s += encoder.time_s * (bool(encoder.outputs & carried) - bool(encoder.outputs & before))
+            moments.update(encoder.group)
+        for moment in moments:
+            if moment >= 0:
+                self._base[moment] += self._saved_bytes(moment, before) - self._saved_bytes(moment, carried)
+
+    def _encoders_of(self, bits: int) -> list[int]:
+        """The moments of the forward's encoders that read or make any of them."""
+        return [m for m, e in self.compiled.encoders.items() if (e.inputs | e.outputs) & bits]
 
 
 def desires(compiled: Compiled, schedule: Schedule) -> list[int]:
     """The state nearest to a given schedule: what lives in it when each stage begins."""
     problem, bit = compiled.problem, {s: 1 << k for k, s in enumerate(compiled.storages)}
-    stage_of = {index: t for t, stage in enumerate(compiled.stages) for index in stage.operators}
+    stage_of = {p: t for t, stage in enumerate(compiled.stages) for p in (*stage.operators, stage.options[0].operator)}
     found, live, stage = [0] * len(compiled.stages), 0, len(compiled.stages) - 1
-    for index in reversed(schedule.steps[problem.num_forward :]):
-        if index in stage_of and stage_of[index] < stage:
+    for index in reversed(schedule.steps[forward_length(problem, schedule) :]):
+        now = stage_of.get(problem.program_index(index), stage)
+        if now < stage:
             found[stage] = live
-            stage = stage_of[index]
+            stage = now
         operator = problem.operators[index]
         for s in operator.outputs:
             live &= ~bit.get(s, 0)
@@ -332,9 +380,9 @@ def least_possible_bytes(problem: Problem, compiled: Compiled) -> int:
     """Bytes below which no schedule in program order goes: each operator alone, with what lives beside it in every schedule."""
     low = 0
     for stage in compiled.stages:
-        saved = max((s for _, s in stage.inplace), default=0)
-        low = max(low, stage.head_bytes, stage.during_bytes + compiled.bytes_of(stage.needs) - saved)
-    for index, bytes_ in enumerate(compiled.forward_bytes):
-        saved = max((s for bit, s in compiled.forward_inplace[index]), default=0)
+        least = min(option.least_bytes + compiled.bytes_of(option.needs) for option in stage.options)
+        low = max(low, stage.head_bytes, least)
+    for moment, bytes_ in enumerate(compiled.forward_bytes):
+        saved = max((s for bit, s in compiled.forward_inplace[moment]), default=0)
         low = max(low, bytes_ - saved)
     return low

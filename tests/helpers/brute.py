@@ -14,11 +14,11 @@ from fxmem.schedule import plain_schedule, simulate
 def slots(problem: Problem) -> dict[int, int]:
     """The place of each forward operator and variant in the order in which one stage recomputes: program order, a variant
     right after the last of the operators that make its inputs and outputs."""
-    first = {s: makers[0] for s, makers in enumerate(problem.producers) if makers}
+    first = {s: makers[0] for s, makers in enumerate(problem.producers) if makers and makers[0] < problem.num_program}
     key = {p: (p, 0) for p in problem.forward}
-    for p in problem.variants:
+    for p in (*problem.variants, *problem.encoders):
         operator = problem.operators[p]
-        key[p] = (max(first[s] for s in (*operator.inputs, *operator.outputs) if s in first), p)
+        key[p] = (max((first[s] for s in (*operator.inputs, *operator.outputs) if s in first), default=0), p)
     return {p: place for place, p in enumerate(sorted(key, key=key.__getitem__))}
 
 
@@ -53,6 +53,8 @@ def least_time_s(problem: Problem, budget_bytes: int, *, ordered: bool) -> float
     runs = [_Run(problem, index) for index in range(len(problem.operators))]
     place = slots(problem)
     again = [(place[p], p, problem.operators[p].again_s) for p in place if problem.operators[p].recomputable]
+    encoders = [(p, extra_s) for _, p, extra_s in again if p in problem.encoders]
+    behind = {p: _encoded(problem, p) for p in problem.encoders}
     outputs = sum(1 << s for s in problem.outputs)
     start = (0, 0, 0)
     best, queue = {start: 0.0}, [(0.0, start)]
@@ -65,7 +67,9 @@ def least_time_s(problem: Problem, budget_bytes: int, *, ordered: bool) -> float
             if not alive & ~outputs:  # what dies, dies at a use: nothing is kept for show
                 return cost
             continue
-        actions = [(done, done + 1, 0, 0.0)]
+        actions = [(p, done + 1, 0, problem.slower_s(p)) for p in (done, *problem.alternatives.get(done, ()))]
+        if 0 < done <= problem.num_forward and slot == 0:  # still in the forward
+            actions += [(p, done, 0, extra_s) for p, extra_s in encoders if not ordered or behind[p] == done - 1]
         if done >= problem.num_forward:
             actions += [(p, done, at + 1 if ordered else 0, extra_s) for at, p, extra_s in again if not ordered or at >= slot]
         for index, now_done, now_slot, extra_s in actions:
@@ -75,6 +79,12 @@ def least_time_s(problem: Problem, budget_bytes: int, *, ordered: bool) -> float
                     best[following] = cost + extra_s
                     heapq.heappush(queue, (cost + extra_s, following))
     return math.inf
+
+
+def _encoded(problem: Problem, encoder: int) -> int:
+    """The forward operator that makes what an encoder reads."""
+    makers = (problem.producers[s][0] for s in problem.operators[encoder].inputs if problem.producers[s])
+    return max(makers, default=0)
 
 
 class _Run:

@@ -9,7 +9,7 @@ from fxmem.problem import Operator, Problem, Storage
 
 class _Builder:
     def __init__(self, rng: Random):
-        self.rng, self.storages, self.operators, self.outputs = rng, [], [], set()
+        self.rng, self.storages, self.operators, self.outputs, self.replaced = rng, [], [], set(), set()
 
     def storage(self, kind: str, largest: int = 8) -> int:
         self.storages.append(Storage(f"s{len(self.storages)}", self.rng.randint(0, largest), kind))
@@ -32,7 +32,7 @@ class _Builder:
 
 def random_problem(rng: Random, most_forward: int = 5) -> Problem:
     """A joint graph of 2 to `most_forward` forward operators with skips, several outputs, in-place pairs, operators that cannot
-    run again, variants, workspaces and outputs that live to the end."""
+    run again, variants, encoders and alternatives, workspaces and outputs that live to the end."""
     build = _Builder(rng)
     fixed = [build.storage("parameter") for _ in range(2)]
     made: list[int] = []
@@ -59,9 +59,27 @@ def random_problem(rng: Random, most_forward: int = 5) -> Problem:
         target = rng.choice(made)
         inputs = [s for s in build.some(made + fixed, 2) if s != target]
         build.operator(f"v{k}", inputs, [target], 0.3)
+    for k in range(rng.choice((0, 0, 1, 2))):
+        _implementation(build, f"{k}", range(num_forward, num_program), made)
     return Problem(
         tuple(build.storages), tuple(build.operators), num_forward, num_program, frozenset(build.outputs), rng.choice((0, 0, 3))
     )
+
+
+def _implementation(build: _Builder, name: str, backward: range, made: list[int]) -> None:
+    """An encoder of what one forward operator makes, and an alternative that reads the code instead of it."""
+    rng = build.rng
+    backward = [p for p in backward if set(build.operators[p].inputs) & set(made) and p not in build.replaced]
+    if not backward:
+        return
+    replaced = rng.choice(backward)
+    build.replaced.add(replaced)
+    operator = build.operators[replaced]
+    source = rng.choice([s for s in operator.inputs if s in made])
+    code = build.storage("activation", 3)
+    build.operator(f"encode{name}", [source], [code], 0.0)
+    inputs = [s for s in operator.inputs if s != source] + [code]
+    build.operator(f"alternative{name}", inputs, list(operator.outputs), 0.3, replaces=replaced)
 
 
 def chain(length: int, *, size_bytes: int = 10, time_s: float = 1.0) -> Problem:

@@ -1,0 +1,172 @@
+"""Holds an implementation against the plain operator: gradients, bytes and all."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .codegen.calls import canonical_call
+from .codegen.partition import partition
+from .codegen.planned import PlannedModule, assemble
+from .decisions import Plan
+from .errors import ImplementationError
+from .implementations import IMPLEMENTATIONS, choose_implementations
+from .measuring import backward_roots, measure
+from .passes import Rematerialize
+from .prepared import prepare
+from .problem import Problem
+from .schedule import Schedule, simulate
+from .solvers import Solution
+from .torch_internals import pytree
+
+MOST_ERRORS = 4.0  # times the plain operator's own error that an accurate implementation may have
+
+
+@dataclass(frozen=True)
+class ImplementationCheck:
+    """What `check_implementation` found.
+
+    places: backward operators that the implementation ran for. is_bitwise: outputs and gradients equal the plain module's, bit
+    for bit. error, plain_error: largest difference from float64, relative to the largest value, with and without it.
+    predicted_peak_bytes, measured_peak_bytes: of the step.
+    """
+
+    name: str
+    places: int
+    is_bitwise: bool
+    error: float
+    plain_error: float
+    predicted_peak_bytes: int
+    measured_peak_bytes: int
+
+
+def check_implementation(
+    name: str, module: nn.Module, example_inputs: Sequence[Any], example_kwargs: Mapping[str, Any] | None = None
+) -> ImplementationCheck:
+    """Run one training step of `module` with the implementation `name` wherever it applies, whatever that costs, beside the
+    plain step.
+
+    module: uses the operators that the implementation serves; left as it is. example_inputs: real tensors.
+    Raises ImplementationError where it applies nowhere, where gradients are not what its exactness promises ("bitwise": equal;
+    "accurate": within 4 times the error that the plain operator itself has against float64), or where the step needs more
+    memory than was promised.
+    """
+    choose_implementations((name,), "accurate")
+    args, kwargs = canonical_call(module, tuple(example_inputs), example_kwargs or {})
+    plain = copy.deepcopy(module)
+    planned, places = force(name, copy.deepcopy(module), args, kwargs)
+    if not places:
+        raise ImplementationError(
+            f"implementation {name!r} applies nowhere in {type(module).__name__}: it serves "
+            f"{', '.join(str(target) for target in IMPLEMENTATIONS[name].serves)}, and gave no Choice for any of them"
+        )
+    measured_bytes = measure(planned, args, kwargs).peak_bytes
+    values, expected = _values(planned, args, kwargs), _values(plain, args, kwargs)
+    exact = _values(*_as_float64((copy.deepcopy(module), args, kwargs)))
+    bitwise = all(map(_same, values, expected))
+    found = ImplementationCheck(
+        name, places, bitwise, _error(values, exact), _error(expected, exact), planned.plan.predicted_peak_bytes, measured_bytes
+    )
+    _judge(found)
+    return found
+
+
+def force(name: str, module: nn.Module, args: tuple, kwargs: dict) -> tuple[PlannedModule, int]:
+    """The module planned so that nothing is recomputed but by the implementation, and in how many places that is used."""
+    prepared = prepare(module, args, kwargs, "measured", "all", (name,), "accurate")
+    problem = prepared.lowered.problem
+    schedule, places = _everywhere(problem)
+    solution = Solution(schedule, simulate(problem, schedule), 0.0, "forced", "check", 0.0)
+    plan: Plan = prepared.plan(solution, None)
+    joint = Rematerialize(solution=solution)(prepared.captured.joint).graph_module
+    parts = partition(joint.graph, joint.meta["fxmem_regions"])
+    return assemble(module, prepared.captured, parts, args, kwargs, plan, _no_other_shapes), places
+
+
+def _no_other_shapes(*_: Any, **__: Any) -> PlannedModule:
+    raise ImplementationError("a module that was planned for a check runs on the checked inputs alone")
+
+
+def _everywhere(problem: Problem) -> tuple[Schedule, int]:
+    """All encoders in the forward, each decoded operand made again before its first use in the backward, all alternatives."""
+    behind: dict[int, list[int]] = {}
+    for p in problem.encoders:
+        behind.setdefault(max(problem.producers[s][0] for s in problem.operators[p].inputs if problem.producers[s]), []).append(
+            p
+        )
+    codes = {s for p in problem.encoders for s in problem.operators[p].outputs}
+    decoders = {problem.operators[p].outputs[0]: p for p in problem.variants if codes.intersection(problem.operators[p].inputs)}
+    steps, places = [], 0
+    for index in range(problem.num_program):
+        operator = problem.operators[index]
+        run = problem.alternatives.get(index, (index,))[0]
+        if index >= problem.num_forward:
+            again = [decoders.pop(s) for s in operator.inputs if s in decoders]
+            places += len(again) + (run != index)
+            steps += again
+        steps += [run, *behind.get(index, ())]
+    return Schedule(tuple(steps)), places
+
+
+def _values(module: nn.Module, args: tuple, kwargs: dict) -> list[torch.Tensor]:
+    """Outputs, and gradients of parameters and inputs, of one step from one seed."""
+    args, kwargs = pytree.tree_map_only(
+        torch.Tensor, lambda t: t.detach().clone().requires_grad_(t.requires_grad), (args, kwargs)
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        roots = backward_roots(module(*args, **kwargs))
+        torch.autograd.backward(roots, [torch.linspace(0.5, 1.5, r.numel()).view(r.shape).to(r) for r in roots])
+    leaves = [t for t in (*module.parameters(), *pytree.tree_leaves((args, kwargs))) if isinstance(t, torch.Tensor)]
+    return [*(r.detach() for r in roots), *(t.grad for t in leaves if t.grad is not None)]
+
+
+def _as_float64(tree: Any) -> Any:
+    """Module and tensors in float64; integers as they are."""
+
+    def convert(leaf: Any) -> Any:
+        if isinstance(leaf, nn.Module):
+            return leaf.double()
+        wide = isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
+        return leaf.detach().double().requires_grad_(leaf.requires_grad) if wide else leaf
+
+    return pytree.tree_map(convert, tree)
+
+
+def _same(value: torch.Tensor, expected: torch.Tensor) -> bool:
+    return bool(((value == expected) | (value.isnan() & expected.isnan())).all())
+
+
+def _error(values: list[torch.Tensor], exact: list[torch.Tensor]) -> float:
+    """The largest difference relative to each tensor's largest finite value."""
+    worst = 0.0
+    for value, right in zip(values, exact, strict=True):
+        finite = right.isfinite() & value.isfinite()
+        if finite.any():
+            scale = right[finite].abs().max().item() or 1.0
+            worst = max(worst, (value[finite].double() - right[finite].double()).abs().max().item() / scale)
+    return worst
+
+
+def _judge(found: ImplementationCheck) -> None:
+    exactness = IMPLEMENTATIONS[found.name].exactness
+    if exactness == "bitwise" and not found.is_bitwise:
+        raise ImplementationError(
+            f"implementation {found.name!r} says that it is bitwise, but outputs or gradients differ from the plain module's: "
+            f"its error against float64 is {found.error:.3g}, the plain one's {found.plain_error:.3g}"
+        )
+    if found.error > MOST_ERRORS * found.plain_error and not found.is_bitwise:
+        raise ImplementationError(
+            f"implementation {found.name!r} is wrong: its error against float64 is {found.error:.3g}, the plain operator's own "
+            f"{found.plain_error:.3g}; at most {MOST_ERRORS:g} times that is allowed"
+        )
+    if found.measured_peak_bytes > found.predicted_peak_bytes:
+        raise ImplementationError(
+            f"implementation {found.name!r} keeps or takes more than it promises: a step of {found.predicted_peak_bytes:,} "
+            f"bytes was predicted, {found.measured_peak_bytes:,} were measured"
+        )

@@ -1,0 +1,107 @@
+"""What an implementation is, and the registry of all of them by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from ..errors import ImplementationError
+
+EXACTNESS = ("bitwise", "accurate")
+
+
+class _Code:
+    def __repr__(self) -> str:
+        return "CODE"
+
+
+CODE = _Code()  # among the arguments of a Call: what the implementation's encoder made
+
+
+@dataclass(frozen=True)
+class Call:
+    """An operator of the dispatcher, and its arguments: nodes of the graph, plain values, or CODE."""
+
+    target: Any
+    args: tuple
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One more way to run a backward operator.
+
+    backward: runs in its place, and makes the same values. encode: makes CODE from what one forward operator makes; None where
+    `backward` reads nothing that the graph does not hold anyway. decode: makes an operand of the operator, the node `decoded`,
+    again from CODE.
+    """
+
+    backward: Call | None = None
+    encode: Call | None = None
+    decode: Call | None = None
+    decoded: fx.Node | None = None
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """Another way to write operators' backward, which keeps something else for it.
+
+    name: what users choose it by. serves: targets of the backward nodes that `choose` is asked about; it gives a Choice, or
+    None where it does not apply. exactness: "bitwise" (gradients are those of the plain operator, bit for bit) or "accurate".
+    """
+
+    name: str
+    serves: tuple[Any, ...]
+    exactness: str
+    choose: Callable[[fx.Node], Choice | None]
+
+
+IMPLEMENTATIONS: dict[str, Implementation] = {}
+
+
+def register_implementation(
+    name: str, *serves: Any, exactness: str = "bitwise"
+) -> Callable[[Callable[[fx.Node], Choice | None]], Callable[[fx.Node], Choice | None]]:
+    """Decorator for a function that is given a backward node and returns a Choice, or None where it does not apply.
+
+    serves: targets of the nodes, as in `torch.ops.aten.threshold_backward.default`.
+    Raises ImplementationError for an unknown exactness, or a name that another function has.
+    """
+    if exactness not in EXACTNESS:
+        raise ImplementationError(f"implementation {name!r} has exactness={exactness!r}; allowed: {', '.join(EXACTNESS)}")
+    if not serves:
+        raise ImplementationError(f"implementation {name!r} serves no operator: name one or more after its name")
+
+    def register(choose: Callable[[fx.Node], Choice | None]) -> Callable[[fx.Node], Choice | None]:
+        known = IMPLEMENTATIONS.get(name)
+        if known is not None and known.choose.__qualname__ != choose.__qualname__:
+            raise ImplementationError(f"there is an implementation {name!r} already; give this one another name")
+        IMPLEMENTATIONS[name] = Implementation(name, serves, exactness, choose)
+        return choose
+
+    return register
+
+
+def choose_implementations(names: Sequence[str] | None, exactness: str) -> tuple[Implementation, ...]:
+    """Those of an exactness: all of them (None), the named ones, or, with names that begin with "-", all but those.
+
+    Raises ImplementationError, with what is known, for what is not.
+    """
+    if exactness not in EXACTNESS:
+        raise ImplementationError(f"exactness={exactness!r} was given; allowed: {', '.join(EXACTNESS)}")
+    given = list(names or ())
+    unknown = [n for n in given if n.removeprefix("-") not in IMPLEMENTATIONS]
+    if isinstance(names, str) or unknown:
+        wrong = "give a tuple of names" if isinstance(names, str) else f"{unknown[0]!r} is not known"
+        raise ImplementationError(
+            f"implementations={names!r}: {wrong}; "
+            f'the implementations are: {", ".join(sorted(IMPLEMENTATIONS))}; "-name" leaves one out'
+        )
+    left_out = {n.removeprefix("-") for n in given if n.startswith("-")}
+    asked = {n for n in given if not n.startswith("-")} or set(IMPLEMENTATIONS)
+    if names is not None and not given:
+        asked = set()
+    allowed = EXACTNESS[: EXACTNESS.index(exactness) + 1]
+    return tuple(i for n, i in IMPLEMENTATIONS.items() if n in asked - left_out and i.exactness in allowed)

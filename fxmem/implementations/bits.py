@@ -1,0 +1,124 @@
+"""Masks as bits: eight elements a byte, in the order in which the elements lie in memory.
+
+Eight bools, read as one integer, are brought together by one multiplication; a table of 256 rows takes them apart again, into
+numbers of the values' own type, since aten's kernels are fast on those and slow on bools. Worked on in pieces that stay in the
+cache, so that nothing of the mask's own size exists beside the bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from ..cost.base import OpCall
+from .operators import chunks, define, flat
+
+CHUNK = 1 << 18  # elements; a multiple of 8
+GPU_CHUNK = 1 << 24
+GATHER = sum(1 << 56 - 7 * i for i in range(8))  # moves the lowest bit of byte i to bit i of the highest byte
+EVERY = sum(1 << 8 * i for i in range(8))  # the lowest bit of each byte
+TABLE_BYTES = 3 * 256 * 8 * 8  # while a table is made
+
+
+def pack(x: torch.Tensor, test: Callable[[torch.Tensor], torch.Tensor], *, inverted: bool = False) -> torch.Tensor:
+    """Bits of `test(piece)`, which gives a new bool tensor, over all pieces of a dense tensor; or of its opposite."""
+    elements = flat(x)
+    bits = torch.empty(packed_bytes(x), dtype=torch.uint8, device=x.device)
+    for begin, end in chunks(elements.numel(), _chunk(x)):
+        mask = test(elements[begin:end])
+        if len(mask) % 8:
+            mask = torch.nn.functional.pad(mask, (0, -len(mask) % 8))
+        eights = mask.view(torch.int64)
+        if inverted:
+            eights.bitwise_xor_(EVERY)
+        bits[begin // 8 : begin // 8 + len(eights)].copy_(eights.mul_(GATHER).bitwise_right_shift_(56))
+    return bits
+
+
+def table(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Row b holds the bits of byte b, lowest first, as ones and zeros."""
+    rows = torch.arange(256, device=device).unsqueeze_(1)
+    return rows.bitwise_right_shift(torch.arange(8, device=device)).bitwise_and_(1).to(dtype)
+
+
+def unpack(bits: torch.Tensor, begin: int, end: int, rows: torch.Tensor) -> torch.Tensor:
+    """Elements [begin, end) as ones and zeros, by the rows of a `table`; begin is a multiple of 8."""
+    return torch.index_select(rows, 0, bits[begin // 8 : -(-end // 8)].to(torch.int32)).view(-1)[: end - begin]
+
+
+def merge(
+    values: torch.Tensor, bits: torch.Tensor, combine: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], object]
+) -> torch.Tensor:
+    """A new tensor like dense `values`; combine(ones and zeros, values, out) fills each piece of it."""
+    made = torch.empty_like(values)
+    source, target, rows = flat(values), flat(made), table(values.dtype, values.device)
+    for begin, end in chunks(source.numel(), _chunk(values)):
+        combine(unpack(bits, begin, end, rows), source[begin:end], target[begin:end])
+    return made
+
+
+def packed_bytes(x: torch.Tensor) -> int:
+    """Bytes of a mask for x."""
+    return -(-x.numel() // 8)
+
+
+def pack_workspace(call: OpCall) -> int:
+    """A piece's bools twice."""
+    return 2 * _padded(call.inputs[0])
+
+
+def unpack_workspace(call: OpCall) -> int:
+    """A piece's mask in the values' type, the bytes that it comes from as indices, and the table."""
+    out = call.outputs[0]
+    return _padded(out) * out.element_size() + _padded(out) // 2 + TABLE_BYTES
+
+
+def _padded(x: torch.Tensor) -> int:
+    return -(-min(x.numel(), _chunk(x)) // 8) * 8
+
+
+def _chunk(x: torch.Tensor) -> int:
+    return GPU_CHUNK if x.device.type == "cuda" else CHUNK
+
+
+def _meta_bits(x: torch.Tensor, *_) -> torch.Tensor:
+    return torch.empty(packed_bytes(x), dtype=torch.uint8, device=x.device)
+
+
+def _like(values: torch.Tensor, *_) -> torch.Tensor:
+    return torch.empty_like(values)
+
+
+def _pack_mask(mask: torch.Tensor) -> torch.Tensor:
+    return pack(mask, torch.clone)
+
+
+def _pack_above(x: torch.Tensor, threshold: float) -> torch.Tensor:
+    """1 but where x <= threshold: NaN counts as above, as in `threshold_backward`."""
+    return pack(x, lambda piece: torch.le(piece, threshold), inverted=True)
+
+
+def _keep_where(values: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
+    """Values where the bit is set, else 0."""
+    keep = torch.ops.aten.threshold_backward.grad_input
+    return merge(values, bits, lambda mask, piece, out: keep(piece, mask, 0, grad_input=out))
+
+
+def _unpack_mask(bits: torch.Tensor, size: list[int], stride: list[int]) -> torch.Tensor:
+    mask = torch.empty_strided(size, stride, dtype=torch.bool, device=bits.device)
+    elements, rows = flat(mask), table(torch.bool, bits.device)
+    for begin, end in chunks(elements.numel(), _chunk(mask)):
+        elements[begin:end].copy_(unpack(bits, begin, end, rows))
+    return mask
+
+
+pack_mask = define("pack_mask(Tensor mask) -> Tensor", _pack_mask, _meta_bits, pack_workspace)
+pack_above = define("pack_above(Tensor x, Scalar threshold) -> Tensor", _pack_above, _meta_bits, pack_workspace)
+keep_where = define("keep_where(Tensor values, Tensor bits) -> Tensor", _keep_where, _like, unpack_workspace)
+unpack_mask = define(
+    "unpack_mask(Tensor bits, int[] size, int[] stride) -> Tensor",
+    _unpack_mask,
+    lambda bits, size, stride: torch.empty_strided(size, stride, dtype=torch.bool, device=bits.device),
+    unpack_workspace,
+)

@@ -1,0 +1,48 @@
+"""Hardtanh and ReLU6: their backward asks whether an element lay inside of the interval."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from .base import CODE, Call, Choice, register_implementation
+from .bits import keep_where, pack, pack_workspace, packed_bytes
+from .operators import alike, define
+
+aten = torch.ops.aten
+
+
+@register_implementation("hardtanh_bits", aten.hardtanh_backward.default)
+def hardtanh_bits(node: fx.Node) -> Choice | None:
+    """A bit for each element, inside or not."""
+    gradient, x, low, high = node.args
+    if not alike(gradient.meta["val"], x.meta["val"]):
+        return None
+    return Choice(encode=Call(pack_inside, (x, low, high)), backward=Call(keep_where, (gradient, CODE)))
+
+
+@register_implementation("hardtanh_output", aten.hardtanh_backward.default)
+def hardtanh_output(node: fx.Node) -> Choice | None:
+    """The output, where something else keeps it: it lies inside where the input does."""
+    gradient, x, low, high = node.args
+    original = x.args[0] if x.target is aten.clone.default else x  # the in-place form keeps a copy
+    result = next((u for u in original.users if u.target is aten.hardtanh.default and u.args[1:] == (low, high)), None)
+    if result is None or result.meta["val"].stride() != x.meta["val"].stride():
+        return None
+    return Choice(backward=Call(node.target, (gradient, result, low, high)))
+
+
+def _pack_inside(x: torch.Tensor, low: float, high: float) -> torch.Tensor:
+    """1 where low < x < high. NaN: as in `hardtanh_backward`, whose vectors on the CPU count it as outside (the few elements
+    beyond the last vector do not), whereas CUDA counts it as inside."""
+    if x.device.type == "cpu":
+        return pack(x, lambda piece: torch.gt(piece, low).logical_and_(torch.lt(piece, high)))
+    return pack(x, lambda piece: torch.le(piece, low).logical_or_(torch.ge(piece, high)), inverted=True)
+
+
+pack_inside = define(
+    "pack_inside(Tensor x, Scalar low, Scalar high) -> Tensor",
+    _pack_inside,
+    lambda x, low, high: torch.empty(packed_bytes(x), dtype=torch.uint8, device=x.device),
+    pack_workspace,
+)

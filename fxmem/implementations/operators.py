@@ -1,0 +1,60 @@
+"""The operators that implementations run beside aten's own: how one is defined, and which tensors they take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from ..cost.base import OpCall
+from ..cost.operands import OPERANDS
+from ..cost.workspace import WORKSPACE
+
+_library = torch.library.Library("fxmem", "FRAGMENT")
+
+
+def define(
+    schema: str,
+    kernel: Callable,
+    meta: Callable,
+    workspace: Callable[[OpCall], int],
+    operands: Callable[[tuple], tuple] | None = None,
+) -> Any:
+    """Make `kernel` an operator of the dispatcher, `torch.ops.fxmem.<name>.default`.
+
+    meta: the result on meta tensors. workspace: bytes that it takes and gives back, from its call on fake tensors.
+    operands: where not any tensors of the right shapes will do as arguments, turns such into valid ones, for measuring.
+    """
+    name = schema.partition("(")[0]
+    _library.define(schema)
+    _library.impl(name, kernel, "CompositeExplicitAutograd")
+    _library.impl(name, meta, "Meta")
+    packet = getattr(torch.ops.fxmem, name)
+    WORKSPACE[packet] = workspace
+    if operands is not None:
+        OPERANDS[packet] = operands
+    return packet.default
+
+
+def is_dense(tensor: torch.Tensor) -> bool:
+    """Whether the tensor fills its memory without gaps, in one of the usual formats."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    last = tensor.dim() in formats and tensor.is_contiguous(memory_format=formats[tensor.dim()])
+    return tensor.is_contiguous() or last
+
+
+def alike(*tensors: torch.Tensor) -> bool:
+    """Whether the tensors are dense and lie in memory in the same order."""
+    first = tensors[0]
+    return all(is_dense(t) and t.shape == first.shape and t.stride() == first.stride() for t in tensors)
+
+
+def flat(tensor: torch.Tensor) -> torch.Tensor:
+    """A dense tensor's elements in the order in which they lie in memory."""
+    return tensor.as_strided((tensor.numel(),), (1,))
+
+
+def chunks(count: int, size: int) -> Iterator[tuple[int, int]]:
+    """(begin, end) of pieces of `size`."""
+    return ((begin, min(count, begin + size)) for begin in range(0, count, size))

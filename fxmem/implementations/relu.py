@@ -1,0 +1,73 @@
+"""ReLU and its kin: their backward asks on which side of the threshold an element lay, and one bit can say that."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from .base import CODE, Call, Choice, register_implementation
+from .bits import keep_where, merge, pack, pack_above, pack_workspace, packed_bytes, unpack_workspace
+from .operators import alike, define
+
+aten = torch.ops.aten
+
+
+@register_implementation("relu_bits", aten.threshold_backward.default)
+def relu_bits(node: fx.Node) -> Choice | None:
+    """A bit for each element of the output."""
+    gradient, result, threshold = node.args
+    if not alike(gradient.meta["val"], result.meta["val"]):
+        return None
+    return Choice(encode=Call(pack_above, (result, threshold)), backward=Call(keep_where, (gradient, CODE)))
+
+
+@register_implementation("relu_input", aten.threshold_backward.default)
+def relu_input(node: fx.Node) -> Choice | None:
+    """The input, where something else keeps it: it is above zero where the output is."""
+    gradient, result, threshold = node.args
+    if result.target is not aten.relu.default or threshold != 0:
+        return None
+    return Choice(backward=Call(node.target, (gradient, result.args[0], threshold)))
+
+
+@register_implementation("leaky_relu_bits", aten.leaky_relu_backward.default)
+def leaky_relu_bits(node: fx.Node) -> Choice | None:
+    """A bit for each element, positive or not."""
+    gradient, x, slope = node.args[:3]
+    if not alike(gradient.meta["val"], x.meta["val"]):
+        return None
+    return Choice(encode=Call(pack_positive, (x,)), backward=Call(scale_elsewhere, (gradient, CODE, slope)))
+
+
+@register_implementation("leaky_relu_output", aten.leaky_relu_backward.default)
+def leaky_relu_output(node: fx.Node) -> Choice | None:
+    """The output, where something else keeps it: with a slope that is not negative it has the input's sign."""
+    gradient, x, slope, is_result = node.args
+    result = next((u for u in x.users if u.target is aten.leaky_relu.default and u.args[1:] == (slope,)), None)
+    if result is None or is_result or slope <= 0:
+        return None
+    return Choice(backward=Call(node.target, (gradient, result, slope, True)))
+
+
+def _pack_positive(x: torch.Tensor) -> torch.Tensor:
+    return pack(x, lambda piece: torch.gt(piece, 0))
+
+
+def _scale_elsewhere(values: torch.Tensor, bits: torch.Tensor, scale: float) -> torch.Tensor:
+    """Values where the bit is set, else values times scale."""
+    combine = aten.leaky_relu_backward.grad_input
+    return merge(values, bits, lambda mask, piece, out: combine(piece, mask, scale, False, grad_input=out))
+
+
+pack_positive = define(
+    "pack_positive(Tensor x) -> Tensor",
+    _pack_positive,
+    lambda x: torch.empty(packed_bytes(x), dtype=torch.uint8, device=x.device),
+    pack_workspace,
+)
+scale_elsewhere = define(
+    "scale_elsewhere(Tensor values, Tensor bits, float scale) -> Tensor",
+    _scale_elsewhere,
+    lambda values, bits, scale: torch.empty_like(values),
+    unpack_workspace,
+)

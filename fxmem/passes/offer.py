@@ -1,0 +1,113 @@
+"""Other implementations of the backward's operators, written beside the graph for the solver to choose from."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..errors import ImplementationError
+from ..graph_meta import StorageInfo, is_backward, require, source_of
+from ..implementations import CODE, Call, Choice, Implementation, choose_implementations
+from ..torch_internals import fake_mode_of
+from .base import Pass
+
+
+class OfferImplementations(Pass):
+    """Adds nodes that nothing reads yet: encoders (`meta["fxmem_offers"] = "encoder"`), makers of an operand ("variant") and of
+    a backward node's result ("alternative"), the latter two with `meta["fxmem_stands_for"]`, the node that they stand for.
+
+    names, exactness: as for `fxmem.transform`. Needs ShapeProp. Raises ImplementationError for a name that is not known,
+    and, naming it, for an implementation that fails. One that makes something of another shape, layout or type is not offered.
+    """
+
+    def __init__(self, names: Sequence[str] | None = None, exactness: str = "bitwise"):
+        super().__init__()
+        self.implementations = choose_implementations(names, exactness)
+
+    def apply(self, graph_module: fx.GraphModule) -> bool:
+        require(graph_module, "fxmem_storages", "ShapeProp")
+        offers = _Offers(graph_module)
+        for node in [n for n in graph_module.graph.nodes if n.op == "call_function" and is_backward(n)]:
+            for implementation in self.implementations:
+                if node.target in implementation.serves:
+                    offers.add(implementation, node)
+        graph_module.meta["fxmem_storages"] = tuple(offers.infos)
+        return offers.added
+
+
+class _Offers:
+    """The nodes added so far; what two implementations encode alike is encoded once."""
+
+    def __init__(self, graph_module: fx.GraphModule):
+        self.graph = graph_module.graph
+        self.infos: list[StorageInfo] = list(graph_module.meta["fxmem_storages"])
+        self.alignment_bytes = graph_module.meta["fxmem_alignment_bytes"]
+        self.codes: dict[tuple, fx.Node] = {}
+        self.decoded: set[tuple[fx.Node, fx.Node]] = set()
+        self.added = False
+
+    def add(self, implementation: Implementation, node: fx.Node) -> None:
+        try:
+            choice = implementation.choose(node)
+            if choice is not None:
+                self._write(choice, node, implementation)
+        except Exception as error:
+            raise ImplementationError(f"implementation {implementation.name!r} fails on {source_of(node)}: {error}") from error
+
+    def _write(self, choice: Choice, node: fx.Node, implementation: Implementation) -> None:
+        code = self._encoder(choice.encode, implementation) if choice.encode else None
+        if choice.decode and (choice.decoded, code) not in self.decoded:
+            self.decoded.add((choice.decoded, code))
+            self._stand_in(choice.decode, choice.decoded, code, "variant", implementation)
+        if choice.backward:
+            self._stand_in(choice.backward, node, code, "alternative", implementation)
+
+    def _encoder(self, call: Call, implementation: Implementation) -> fx.Node:
+        key = (call.target, repr(call.args))
+        if key not in self.codes:
+            source = next(a for a in call.args if isinstance(a, fx.Node))
+            node = self._call(call, None, source, source, f"{source.name}_{implementation.name}")
+            node.meta |= {"fxmem_offers": "encoder", "fxmem_storages": (len(self.infos),)}
+            size_bytes = node.meta["val"].untyped_storage().nbytes()
+            self.infos.append(StorageInfo(node, -(-size_bytes // self.alignment_bytes) * self.alignment_bytes))
+            self.codes[key] = node
+        return self.codes[key]
+
+    def _stand_in(self, call: Call, node: fx.Node, code: fx.Node | None, what: str, implementation: Implementation) -> None:
+        after = code if what == "variant" and code is not None else node
+        made = self._call(call, code, node, after, f"{node.name}_{implementation.name}")
+        value, wanted = made.meta["val"], node.meta["val"]
+        if (value.shape, value.stride(), value.dtype) != (wanted.shape, wanted.stride(), wanted.dtype):
+            self.graph.erase_node(made)
+            return
+        made.meta |= {"fxmem_offers": what, "fxmem_stands_for": node, "fxmem_storages": node.meta["fxmem_storages"]}
+
+    def _call(self, call: Call, code: fx.Node | None, beside: fx.Node, after: fx.Node, name: str) -> fx.Node:
+        """A node right after another one, of the module and region of `beside`."""
+        args = tuple(code if a is CODE else a for a in call.args)
+        self.added = True
+        with self.graph.inserting_after(_last_item(after)):
+            node = self.graph.create_node("call_function", call.target, args, {}, name)
+        values = fx.map_arg(args, lambda n: n.meta["val"])
+        with torch.no_grad(), fake_mode_of(values, allow_real=True):
+            value: Any = call.target(*values)
+        node.meta = {k: v for k, v in _maker(beside).meta.items() if k not in ("val", "fxmem_writes")} | {"val": value}
+        return node
+
+
+def _maker(node: fx.Node) -> fx.Node:
+    """The operator behind a view, or that a result is taken from: it has a region."""
+    while "fxmem_region" not in node.meta and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _last_item(node: fx.Node) -> fx.Node:
+    """Behind the results that are taken out of an operator's tuple."""
+    while node.target is operator.getitem and node.next.target is operator.getitem and node.next.args[0] is node.args[0]:
+        node = node.next
+    return node

@@ -1,0 +1,236 @@
+"""Every implementation, forced wherever it applies, against the plain operator."""
+
+import copy
+
+import pytest
+import torch
+from helpers.steps import assert_drop_in, assert_same_steps, transform
+from torch import nn
+
+import fxmem
+from fxmem.checking import force
+from fxmem.errors import ImplementationError
+from fxmem.implementations import CODE, IMPLEMENTATIONS, Call, Choice, bits, choose_implementations, hardtanh, max_pool, relu
+from fxmem.passes import OfferImplementations
+
+aten = torch.ops.aten
+DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+
+
+class Between(nn.Module):
+    """A layer between two that need gradients, its input scaled so that every case occurs."""
+
+    def __init__(self, *layers: nn.Module, channels: int = 4):
+        super().__init__()
+        self.before, self.layers = nn.Conv2d(3, channels, 3, padding=1), nn.Sequential(*layers)
+
+    def forward(self, x):
+        return self.layers(4 * self.before(x)) * 2
+
+
+MODULES = {
+    "relu_bits": lambda: Between(nn.ReLU()),
+    "relu_input": lambda: Between(nn.ReLU()),
+    "leaky_relu_bits": lambda: Between(nn.LeakyReLU(0.1)),
+    "leaky_relu_output": lambda: Between(nn.LeakyReLU(0.1)),
+    "hardtanh_bits": lambda: Between(nn.ReLU6(inplace=True), nn.Hardtanh(-2.0, 1.5)),
+    "hardtanh_output": lambda: Between(nn.ReLU6(inplace=True), nn.Hardtanh(-2.0, 1.5)),
+    "dropout_bits": lambda: Between(nn.Dropout(0.3), nn.Dropout(0.5)),
+    "max_pool_indices": lambda: Between(nn.MaxPool2d(3, 2, 1), nn.MaxPool2d(2)),
+    "max_pool_offsets": lambda: Between(nn.MaxPool2d((3, 2), (1, 2), (1, 0), (2, 1), ceil_mode=True), nn.MaxPool2d(2)),
+}
+
+
+def images(dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(3, 3, 10, 12, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
+
+
+def test_every_implementation_has_a_case_here():
+    assert set(MODULES) == set(IMPLEMENTATIONS)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", MODULES)
+def test_gradients_and_bytes_are_as_promised(name, dtype):
+    torch.manual_seed(0)
+    found = fxmem.check_implementation(name, MODULES[name]().to(dtype), (images(dtype),))
+    assert found.places >= 1 and found.measured_peak_bytes <= found.predicted_peak_bytes
+    assert found.is_bitwise or IMPLEMENTATIONS[name].exactness == "accurate"
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if "dropout" not in name])
+def test_gradients_are_those_of_finite_differences(name):
+    torch.manual_seed(0)
+    x = images(torch.float64)[:1, :, :4, :6].detach().requires_grad_()
+    planned, places = force(name, MODULES[name]().double(), (x,), {})
+    weights = torch.linspace(0.5, 1.5, planned(x).numel(), dtype=torch.float64)
+    (planned(x).flatten() @ weights).backward()
+    nearby, apart = x.detach(), 1e-6
+    for k in range(0, x.numel(), 5):
+        step = torch.zeros(x.numel(), dtype=torch.float64)
+        step[k] = apart
+        with torch.no_grad():
+            up, down = (planned(nearby + way * step.view(x.shape)).flatten() @ weights for way in (1, -1))
+        assert x.grad.flatten()[k].item() == pytest.approx(((up - down) / (2 * apart)).item(), abs=1e-4)
+    assert places
+
+
+@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("layout", ["channels_last", "transposed", "empty"])
+def test_other_layouts(name, layout):
+    """Where the layout does not suit, the implementation is not offered; where it is, nothing changes."""
+    torch.manual_seed(0)
+    x = images().detach()
+    x = {
+        "channels_last": x.to(memory_format=torch.channels_last),
+        "transposed": x.transpose(2, 3),
+        "empty": x[:0],
+    }[layout].requires_grad_()
+    module = MODULES[name]()
+    try:
+        planned, _ = force(name, copy.deepcopy(module), (x,), {})
+    except fxmem.CaptureError as error:
+        pytest.skip(f"cannot be captured at all: {error}")
+    assert_same_steps(module, planned, (x,))
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+@pytest.mark.parametrize("name", MODULES)
+def test_infinities_and_nan(name, value):
+    torch.manual_seed(0)
+    x = images().detach()
+    x[0, :, 2, 3] = value
+    fxmem.check_implementation(name, MODULES[name](), (x.requires_grad_(),))
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 1000, bits.CHUNK + 5, 2 * bits.CHUNK])
+def test_bits(count):
+    x, gradient = torch.randn(count) * 4, torch.randn(count)
+    above = bits.pack_above(x, 0)
+    assert above.numel() == -(-count // 8)
+    assert torch.equal(bits.keep_where(gradient, above), aten.threshold_backward(gradient, x, 0))
+    inside = hardtanh.pack_inside(x, -1.0, 2.0)
+    assert torch.equal(bits.keep_where(gradient, inside), aten.hardtanh_backward(gradient, x, -1.0, 2.0))
+    positive = relu.pack_positive(x)
+    assert torch.equal(relu.scale_elsewhere(gradient, positive, 0.1), aten.leaky_relu_backward(gradient, x, 0.1, False))
+    assert torch.equal(bits.unpack_mask(bits.pack_mask(x > 1), [count], [1]), x > 1)
+
+
+@pytest.mark.parametrize("kernel", [[3, 3], [2, 2], [1, 3], [5, 4]])
+@pytest.mark.parametrize("dilation", [[1, 1], [2, 1]])
+def test_pool_offsets(kernel, dilation):
+    x = torch.randn(5, 2, 11, 9)
+    window = kernel, [2, 1], [k // 2 for k in kernel], dilation
+    y, indices = aten.max_pool2d_with_indices(x, *window, True)
+    offsets = max_pool.offsets_in_window(indices, 9, *window)
+    gradient = torch.randn_like(y)
+    expected = aten.max_pool2d_with_indices_backward(gradient, x, *window, True, indices)
+    assert torch.equal(max_pool.backward_from_offsets(gradient, offsets, list(x.shape), *window, True), expected)
+
+
+def test_a_bit_saves_what_nobody_else_keeps():
+    """Before a pool, neither the ReLU's output nor the pool's indices need be kept: a bit and a byte, or less, will do."""
+    torch.manual_seed(0)
+    blocks = (
+        nn.Sequential(nn.Conv2d(c, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(3, 1, 1))
+        for c in (3, 16, 16, 16)
+    )
+    module, x = nn.Sequential(*blocks), torch.randn(8, 3, 32, 32)
+    planned = assert_drop_in(module, (x,), budget="min")
+    options = {"time_limit_s": 10.0, "cost": "P100"}
+    without = transform(module, (x,), budget="min", implementations=(), **options).plan
+    plan = transform(module, (x,), budget=without.predicted_peak_bytes, **options).plan
+    assert planned.plan.predicted_peak_bytes <= without.predicted_peak_bytes
+    assert plan.predicted_overhead < without.predicted_overhead
+    names = [plan.problem.operators[p].name for p in plan.solution.schedule.steps if p >= plan.problem.num_program]
+    assert any("max_pool" in name for name in names) and any("_relu_" in name for name in names)
+
+
+def test_names_are_chosen():
+    everything = {i.name for i in choose_implementations(None, "accurate")}
+    assert everything == set(IMPLEMENTATIONS)
+    assert {i.name for i in choose_implementations(("relu_bits",), "bitwise")} == {"relu_bits"}
+    assert {i.name for i in choose_implementations(("-relu_bits",), "accurate")} == everything - {"relu_bits"}
+    assert choose_implementations((), "bitwise") == ()
+
+
+@pytest.mark.parametrize(
+    ("names", "exactness", "message"),
+    [
+        (("relu_bitz",), "bitwise", "'relu_bitz' is not known; the implementations are: dropout_bits, .*relu_bits"),
+        ("relu_bits", "bitwise", "give a tuple of names"),
+        (None, "roughly", "exactness='roughly' was given; allowed: bitwise, accurate"),
+    ],
+)
+def test_what_is_not_known_is_refused(names, exactness, message):
+    with pytest.raises(ImplementationError, match=message):
+        transform(nn.Linear(2, 2), (torch.randn(1, 2),), implementations=names, exactness=exactness)
+
+
+@pytest.fixture
+def registered():
+    before = dict(IMPLEMENTATIONS)
+    yield fxmem.register_implementation
+    IMPLEMENTATIONS.clear()
+    IMPLEMENTATIONS.update(before)
+
+
+def test_a_wrong_gradient_is_caught(registered):
+    @registered("tanh_straight", aten.tanh_backward.default)
+    def tanh_straight(node):
+        return Choice(backward=Call(aten.mul.Tensor, (node.args[0], 0.5)))
+
+    with pytest.raises(ImplementationError, match="'tanh_straight' says that it is bitwise, but outputs or gradients differ"):
+        fxmem.check_implementation("tanh_straight", Between(nn.Tanh()), (images(),))
+
+
+def test_an_inaccurate_gradient_is_caught(registered):
+    @registered("tanh_straight", aten.tanh_backward.default, exactness="accurate")
+    def tanh_straight(node):
+        return Choice(backward=Call(aten.mul.Tensor, (node.args[0], 0.5)))
+
+    with pytest.raises(ImplementationError, match="'tanh_straight' is wrong: its error against float64"):
+        fxmem.check_implementation("tanh_straight", Between(nn.Tanh()), (images(),))
+
+
+def test_one_that_fails_is_named(registered):
+    @registered("broken", aten.tanh_backward.default)
+    def broken(node):
+        return Choice(encode=Call(bits.pack_mask, (node.args[1], 3)))
+
+    with pytest.raises(ImplementationError, match="implementation 'broken' fails on node 'layers_0_tanh_backward'"):
+        transform(Between(nn.Tanh()), (images(),))
+
+
+def test_one_that_applies_nowhere_is_named():
+    with pytest.raises(ImplementationError, match="'relu_bits' applies nowhere in Linear"):
+        fxmem.check_implementation("relu_bits", nn.Linear(2, 2), (torch.randn(1, 2),))
+
+
+def test_one_of_another_layout_is_not_offered(registered):
+    @registered("transposed", aten.tanh_backward.default)
+    def transposed(node):
+        return Choice(backward=Call(aten.transpose.int, (node.args[0], 0, 1)))
+
+    with pytest.raises(ImplementationError, match="applies nowhere"):
+        fxmem.check_implementation("transposed", Between(nn.Tanh()), (images(),))
+
+
+def test_a_name_is_taken_once(registered):
+    with pytest.raises(ImplementationError, match="there is an implementation 'relu_bits' already"):
+        registered("relu_bits", aten.tanh_backward.default)(lambda node: None)
+
+
+def test_the_pass_offers_beside_the_graph():
+    from fxmem.capture import capture
+    from fxmem.passes import ShapeProp
+
+    module = Between(nn.ReLU())
+    joint = capture(module, (images(),), {}).joint
+    ShapeProp()(joint)
+    program = [n.name for n in joint.graph.nodes]
+    assert OfferImplementations(("relu_bits",))(joint).modified
+    offered = {n.meta["fxmem_offers"]: n for n in joint.graph.nodes if "fxmem_offers" in n.meta}
+    assert set(offered) == {"encoder", "alternative"} and not offered["alternative"].users
+    assert [n.name for n in joint.graph.nodes if "fxmem_offers" not in n.meta] == program
+    assert CODE not in offered["alternative"].args
