@@ -16,19 +16,6 @@ from .problem import Operator, Problem, Storage
 
 aten = torch.ops.aten
 
-# Out-of-place operators whose in-place twin runs the same kernel. The flag tells whether the two operands may change places.
-INPLACE_TWINS = {
-    aten.add.Tensor: (aten.add_.Tensor, True),
-    aten.mul.Tensor: (aten.mul_.Tensor, True),
-    aten.mul.Scalar: (aten.mul_.Scalar, False),
-    aten.div.Tensor: (aten.div_.Tensor, False),
-    aten.div.Scalar: (aten.div_.Scalar, False),
-    aten.sub.Tensor: (aten.sub_.Tensor, False),
-    aten.relu.default: (aten.relu_.default, False),
-    aten.hardtanh.default: (aten.hardtanh_.default, False),
-    aten.leaky_relu.default: (aten.leaky_relu_.default, False),
-    aten.silu.default: (aten.silu_.default, False),
-}
 BATCH_NORM = aten._native_batch_norm_legit_functional.default
 
 
@@ -54,7 +41,7 @@ def lower(graph_module: fx.GraphModule) -> Lowered:
     operators.insert(forward_end, _return_operator(graph_module, infos))
     nodes.insert(forward_end, graph_module.graph.output_node())
     beside = [(n, _dropout_variant(n, o)) for n, o in zip(nodes, operators, strict=True) if "fxmem_variant_cost" in n.meta]
-    beside += _offers(made, {n: p for p, n in enumerate(nodes)}, operators, infos, written)
+    beside += _offers(made, {n: p for p, n in enumerate(nodes)}, infos, written, returned)
     problem = Problem(
         storages=tuple(_storage(info) for info in infos),
         operators=(*operators, *(operator for _, operator in beside)),
@@ -67,25 +54,19 @@ def lower(graph_module: fx.GraphModule) -> Lowered:
 
 
 def _offers(
-    made: list[fx.Node],
-    place: dict[fx.Node, int],
-    operators: list[Operator],
-    infos: tuple[StorageInfo, ...],
-    written: set[fx.Node],
+    made: list[fx.Node], place: dict[fx.Node, int], infos: tuple[StorageInfo, ...], written: set[fx.Node], returned: set[int]
 ) -> list[tuple[fx.Node, Operator]]:
     """What `OfferImplementations` has added, encoders first."""
     found = []
     for what in ("encoder", "variant", "alternative"):
         for node in made:
-            if node.meta.get("fxmem_offers") != what:
-                continue
-            operator = _operator(node, infos, written, set())
-            if what == "variant":
-                operator = replace(operator, outputs=node.meta["fxmem_storages"])
-            if what == "alternative":
-                index = place[infos[node.meta["fxmem_storages"][0]].node]
-                operator = replace(operator, outputs=operators[index].outputs, replaces=index)
-            found.append((node, operator))
+            if node.meta.get("fxmem_offers") == what:
+                operator = _operator(node, infos, written, returned)
+                if what == "variant":
+                    operator = replace(operator, outputs=node.meta["fxmem_storages"])
+                if what == "alternative":
+                    operator = replace(operator, replaces=place[node.meta["fxmem_stands_for"]])
+                found.append((node, operator))
     return found
 
 
@@ -141,7 +122,8 @@ def _returned(graph_module: fx.GraphModule, kinds: tuple[str, ...], infos: tuple
 
 
 def _operator(node: fx.Node, infos: tuple[StorageInfo, ...], written: set[fx.Node], returned: set[int]) -> Operator:
-    outputs = tuple(s for s in node.meta["fxmem_storages"] if infos[s].node is node)
+    makers = node, node.meta.get("fxmem_stands_for")
+    outputs = tuple(s for s in node.meta["fxmem_storages"] if infos[s].node in makers)
     inputs = tuple(dict.fromkeys(s for n in node.all_input_nodes for s in n.meta["fxmem_storages"]))
     return Operator(
         name=node.name,
@@ -168,30 +150,9 @@ def _recomputable(node: fx.Node, written: set[fx.Node]) -> bool:
 def _inplace_pairs(
     node: fx.Node, outputs: tuple[int, ...], infos: tuple[StorageInfo, ...], returned: set[int]
 ) -> tuple[tuple[int, int], ...]:
-    """(input, output) pairs that the operator's in-place twin could serve: same dtype and layout, no alias among the operands,
-    and nothing that a caller can see (an output may outlive its last use here)."""
-    if node.target not in INPLACE_TWINS or len(outputs) != 1:
-        return ()
-    _, commutes = INPLACE_TWINS[node.target]
-    commutes = commutes and not node.kwargs and len(node.args) == 2
-    operands = node.args[: 2 if commutes else 1]
-    pairs = []
-    for operand in operands:
-        if not isinstance(operand, fx.Node) or not _same_layout(operand.meta["val"], node.meta["val"]):
-            continue
-        storage = operand.meta["fxmem_storages"][0]
-        others = [n for n in node.all_input_nodes if n is not operand]
-        doubled = sum(a is operand for a in node.args) > 1
-        aliased = any(storage in n.meta["fxmem_storages"] for n in others)
-        if not doubled and not aliased and not infos[storage].is_input and storage not in returned:
-            pairs.append((storage, outputs[0]))
-    return tuple(pairs)
-
-
-def _same_layout(operand: torch.Tensor, result: torch.Tensor) -> bool:
-    """Whether the result may be written over the operand: same shape, strides and dtype, and the operand fills its storage."""
-    same = operand.shape == result.shape and operand.stride() == result.stride() and operand.dtype == result.dtype
-    return same and operand.untyped_storage().nbytes() == result.untyped_storage().nbytes()
+    """(input, output) pairs that `MarkInplace` found, but for what a caller can see: an output may outlive its last use."""
+    operands = [node.args[i].meta["fxmem_storages"][0] for i in node.meta.get("fxmem_inplace", ())]
+    return tuple((s, outputs[0]) for s in operands if not infos[s].is_input and s not in returned)
 
 
 def _dropout_variant(node: fx.Node, dropout: Operator) -> Operator:

@@ -15,7 +15,17 @@ from .capture import Capture, capture
 from .cost import CostModel, OpCall, cost_model, workspace_bytes
 from .decisions import Plan
 from .lowering import Lowered, lower
-from .passes import Costs, Liveness, MarkRegions, MatchEager, NameNodes, OfferImplementations, ShapeProp, UpdateBuffers
+from .passes import (
+    Costs,
+    Liveness,
+    MarkInplace,
+    MarkRegions,
+    MatchEager,
+    NameNodes,
+    OfferImplementations,
+    ShapeProp,
+    UpdateBuffers,
+)
 from .schedule import Schedule
 from .solvers import Solution
 from .torch_budget import partitioner_schedules
@@ -83,6 +93,7 @@ def prepare(
         Liveness(),
         MarkRegions(),
         offer,
+        MarkInplace(),
         Costs(model),
     )
     for graph_pass in passes:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from .errors import ProblemError
@@ -148,6 +148,29 @@ class Problem:
     def slower_s(self, index: int) -> float:
         """Seconds that an alternative takes more than what it replaces."""
         return max(0.0, self.operators[index].time_s - self.operators[self.program_index(index)].time_s)
+
+
+def without_implementations(problem: Problem) -> tuple[Problem, tuple[int, ...]]:
+    """The same step with no encoders, nothing that reads what they make, and no alternatives; and which of the old operators
+    each of the new ones is."""
+    codes = {s for p in problem.encoders for s in problem.operators[p].outputs}
+    kept = [s for s in range(len(problem.storages)) if s not in codes]
+    number = {s: i for i, s in enumerate(kept)}
+    left = [
+        p for p, o in enumerate(problem.operators) if o.replaces is None and not codes.intersection((*o.inputs, *o.outputs))
+    ]
+    operators = (
+        replace(
+            problem.operators[p],
+            inputs=tuple(number[s] for s in problem.operators[p].inputs),
+            outputs=tuple(number[s] for s in problem.operators[p].outputs),
+            inplace=tuple((number[a], number[b]) for a, b in problem.operators[p].inplace),
+        )
+        for p in left
+    )
+    outputs = frozenset(number[s] for s in problem.outputs)
+    storages = tuple(problem.storages[s] for s in kept)
+    return replace(problem, storages=storages, operators=tuple(operators), outputs=outputs), tuple(left)
 
 
 def _check(problem: Problem) -> None:

@@ -11,6 +11,7 @@ from torch.fx.passes.infra.pass_manager import PassManager
 import fxmem
 from fxmem.capture import capture
 from fxmem.cost import cost_model
+from fxmem.inplace import INPLACE_FORMS
 from fxmem.lowering import lower
 from fxmem.passes import Costs, Liveness, MarkRegions, MatchEager, NameNodes, Rematerialize, ShapeProp, UpdateBuffers
 from fxmem.schedule import plain_schedule, simulate
@@ -263,3 +264,33 @@ def test_passes_read_fake_values_of_others():
         FakeTensorProp(module, mode).propagate(torch.empty(1024))
     ShapeProp()(module)
     assert len(module.meta["fxmem_storages"]) == 5
+
+
+def _arguments(target, values, dtype) -> list:
+    """Arguments of an operator by its schema: random tensors, a mask or bits where it wants them."""
+    given = []
+    for argument in target._schema.arguments:
+        if argument.kwarg_only:
+            continue
+        kind = str(argument.type)
+        if kind == "Tensor" and argument.name == "mask":
+            given.append(values > 0)
+        elif kind == "Tensor" and argument.name == "bits":
+            given.append(torch.randint(0, 256, (-(-values.numel() // 8),), dtype=torch.uint8))
+        elif kind == "Tensor":
+            given.append((torch.randn(values.shape) * 2).to(dtype))
+        else:
+            given.append(argument.default_value if argument.has_default_value() else False if kind == "bool" else 0.5)
+    return given
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("target", INPLACE_FORMS, ids=str)
+def test_forms_in_place_are_bitwise(target, dtype):
+    torch.manual_seed(0)
+    form, values = INPLACE_FORMS[target], torch.randn(9, 501).to(dtype)
+    arguments = _arguments(target, values, dtype)
+    expected = target(*arguments)
+    written = form.target(*arguments, **({form.out: arguments[0]} if form.out else {}))
+    assert written.data_ptr() == arguments[0].data_ptr()
+    assert torch.equal(expected, arguments[0])

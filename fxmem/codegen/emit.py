@@ -12,7 +12,8 @@ import torch
 from torch import fx
 
 from ..graph_meta import is_view
-from ..lowering import BATCH_NORM, INPLACE_TWINS, Lowered, device_of, draws_random_numbers
+from ..inplace import INPLACE_FORMS
+from ..lowering import BATCH_NORM, Lowered, device_of, draws_random_numbers
 from ..schedule import Schedule, Timeline, forward_length
 from .operators import dropout_apply, replay, rng_state
 
@@ -129,6 +130,8 @@ class _Emitter:
         made.meta = node.meta | made.meta
         if again:
             made.meta |= {"fxmem_recomputes": stood_for.name, "fxmem_avoided_bytes": self._used_bytes(step, index)}
+        if target is not node.target and self.timeline.inplace[step]:
+            made.meta["fxmem_inplace_over"] = arguments[0].name
         self.current[stood_for] = made
         self._items(step, stood_for)
 
@@ -140,10 +143,10 @@ class _Emitter:
             # Statistics move once: the repeat neither reads nor makes the running ones.
             return aten._native_batch_norm_legit.no_stats, (*arguments[:3], *arguments[5:]), keywords
         if pair:
-            target, _ = INPLACE_TWINS[node.target]
+            form = INPLACE_FORMS[node.target]
             if pair[0] not in node.args[0].meta["fxmem_storages"]:
                 arguments = (arguments[1], arguments[0])
-            return target, arguments, keywords
+            return form.target, arguments, keywords | ({form.out: arguments[0]} if form.out else {})
         return node.target, arguments, keywords
 
     def _used_bytes(self, step: int, index: int) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 
+from ..inplace import INPLACE_FORMS, InplaceForm
 from ..torch_internals import suggested_format
 
 __all__ = ["dropout_apply", "in_kernel_format", "replay", "rng_state"]
@@ -22,8 +23,17 @@ def _dropout_apply(value: torch.Tensor, mask: torch.Tensor, scale: float) -> tor
     return value.mul(mask).mul_(scale)
 
 
+def _dropout_apply_(value: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
+    """The same in place."""
+    factor = torch.tensor(scale, dtype=value.dtype) if value.device.type == "cpu" else scale
+    return value.mul_(mask).mul_(factor)
+
+
 _library.impl("dropout_apply", _dropout_apply, "CompositeExplicitAutograd")
+_library.define("dropout_apply_(Tensor(a!) value, Tensor mask, float scale) -> Tensor(a!)")
+_library.impl("dropout_apply_", _dropout_apply_, "CompositeExplicitAutograd")
 dropout_apply = torch.ops.fxmem.dropout_apply.default
+INPLACE_FORMS[dropout_apply] = InplaceForm(torch.ops.fxmem.dropout_apply_.default)
 
 
 @torch.fx.wrap

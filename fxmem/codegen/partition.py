@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import fx
@@ -187,7 +188,8 @@ class BoxedCodeGen(fx.graph.CodeGen):
 
 
 class Comments:
-    """Writes above every recompute what it repeats and how many bytes are not kept for it."""
+    """Writes above every recompute what it repeats and how many bytes are not kept for it, and names what runs in place and by
+    another implementation."""
 
     def __init__(self, graph: fx.Graph):
         self.graph = graph
@@ -195,9 +197,9 @@ class Comments:
     def __call__(self, body: list[str]) -> list[str]:
         notes = {}
         for node in self.graph.nodes:
-            if "fxmem_recomputes" in node.meta:
-                avoided = node.meta.get("fxmem_avoided_bytes", 0)
-                notes[node.name] = f"# recompute of {node.meta['fxmem_recomputes']}: {avoided:,} bytes not kept\n"
+            found = list(_notes(node))
+            if found:
+                notes[node.name] = f"# {'; '.join(found)}\n"
         written = []
         for line in body:
             name = re.match(r"\s*(\w+)(?: :[^=]*)? = ", line)
@@ -205,6 +207,20 @@ class Comments:
                 written.append(notes[name[1]])
             written.append(line)
         return written
+
+
+def _notes(node: fx.Node) -> Iterator[str]:
+    meta = node.meta
+    if "fxmem_recomputes" in meta:
+        again = meta["fxmem_recomputes"]
+        what = f"{again} by {meta['fxmem_implementation']}" if meta.get("fxmem_offers") == "variant" else f"recompute of {again}"
+        yield f"{what}: {meta.get('fxmem_avoided_bytes', 0):,} bytes not kept"
+    elif meta.get("fxmem_offers") == "encoder":
+        yield f"what {meta['fxmem_implementation']} keeps"
+    elif meta.get("fxmem_offers") == "alternative":
+        yield f"by {meta['fxmem_implementation']}"
+    if "fxmem_inplace_over" in meta:
+        yield f"in place of {meta['fxmem_inplace_over']}"
 
 
 def _tangent_dependencies(graph: fx.Graph) -> dict[fx.Node, frozenset[int]]:

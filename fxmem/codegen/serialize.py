@@ -13,7 +13,10 @@ from typing import Any
 import torch
 from torch import fx
 
-KEPT_META = ("fxmem_recomputes", "fxmem_avoided_bytes", "fxmem_phase", "fxmem_region")
+KEPT_META = (
+    "fxmem_recomputes", "fxmem_avoided_bytes", "fxmem_phase", "fxmem_region", "fxmem_offers", "fxmem_implementation",
+    "fxmem_inplace_over",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,13 @@ cache, so that nothing of the mask's own size exists beside the bits.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
 
 from ..cost.base import OpCall
-from .operators import chunks, define, flat
+from .operators import chunks, define, define_inplace, flat
 
 CHUNK = 1 << 18  # elements; a multiple of 8
 GPU_CHUNK = 1 << 24
@@ -48,10 +49,13 @@ def unpack(bits: torch.Tensor, begin: int, end: int, rows: torch.Tensor) -> torc
 
 
 def merge(
-    values: torch.Tensor, bits: torch.Tensor, combine: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], object]
+    values: torch.Tensor,
+    bits: torch.Tensor,
+    combine: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], object],
+    inplace: bool = False,
 ) -> torch.Tensor:
-    """A new tensor like dense `values`; combine(ones and zeros, values, out) fills each piece of it."""
-    made = torch.empty_like(values)
+    """A new tensor like dense `values`, or those themselves; combine(ones and zeros, values, out) fills each piece of it."""
+    made = values if inplace else torch.empty_like(values)
     source, target, rows = flat(values), flat(made), table(values.dtype, values.device)
     for begin, end in chunks(source.numel(), _chunk(values)):
         combine(unpack(bits, begin, end, rows), source[begin:end], target[begin:end])
@@ -99,10 +103,10 @@ def _pack_above(x: torch.Tensor, threshold: float) -> torch.Tensor:
     return pack(x, lambda piece: torch.le(piece, threshold), inverted=True)
 
 
-def _keep_where(values: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
+def _keep_where(values: torch.Tensor, bits: torch.Tensor, inplace: bool = False) -> torch.Tensor:
     """Values where the bit is set, else 0."""
     keep = torch.ops.aten.threshold_backward.grad_input
-    return merge(values, bits, lambda mask, piece, out: keep(piece, mask, 0, grad_input=out))
+    return merge(values, bits, lambda mask, piece, out: keep(piece, mask, 0, grad_input=out), inplace)
 
 
 def _unpack_mask(bits: torch.Tensor, size: list[int], stride: list[int]) -> torch.Tensor:
@@ -121,4 +125,7 @@ unpack_mask = define(
     _unpack_mask,
     lambda bits, size, stride: torch.empty_strided(size, stride, dtype=torch.bool, device=bits.device),
     unpack_workspace,
+)
+define_inplace(
+    keep_where, "keep_where_(Tensor(a!) values, Tensor bits) -> Tensor(a!)", functools.partial(_keep_where, inplace=True)
 )

@@ -10,6 +10,7 @@ import torch
 from ..cost.base import OpCall
 from ..cost.operands import OPERANDS
 from ..cost.workspace import WORKSPACE
+from ..inplace import INPLACE_FORMS, InplaceForm
 
 _library = torch.library.Library("fxmem", "FRAGMENT")
 
@@ -35,6 +36,14 @@ def define(
     if operands is not None:
         OPERANDS[packet] = operands
     return packet.default
+
+
+def define_inplace(operator: Any, schema: str, kernel: Callable) -> None:
+    """The form in place of an operator that `define` made: it writes over the first operand."""
+    name = schema.partition("(")[0]
+    _library.define(schema)
+    _library.impl(name, kernel, "CompositeExplicitAutograd")
+    INPLACE_FORMS[operator] = InplaceForm(getattr(torch.ops.fxmem, name).default)
 
 
 def is_dense(tensor: torch.Tensor) -> bool:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import fx
 
 from .base import CODE, Call, Choice, register_implementation
 from .bits import keep_where, merge, pack, pack_above, pack_workspace, packed_bytes, unpack_workspace
-from .operators import alike, define
+from .operators import alike, define, define_inplace
 
 aten = torch.ops.aten
 
@@ -53,10 +55,10 @@ def _pack_positive(x: torch.Tensor) -> torch.Tensor:
     return pack(x, lambda piece: torch.gt(piece, 0))
 
 
-def _scale_elsewhere(values: torch.Tensor, bits: torch.Tensor, scale: float) -> torch.Tensor:
+def _scale_elsewhere(values: torch.Tensor, bits: torch.Tensor, scale: float, inplace: bool = False) -> torch.Tensor:
     """Values where the bit is set, else values times scale."""
     combine = aten.leaky_relu_backward.grad_input
-    return merge(values, bits, lambda mask, piece, out: combine(piece, mask, scale, False, grad_input=out))
+    return merge(values, bits, lambda mask, piece, out: combine(piece, mask, scale, False, grad_input=out), inplace)
 
 
 pack_positive = define(
@@ -70,4 +72,9 @@ scale_elsewhere = define(
     _scale_elsewhere,
     lambda values, bits, scale: torch.empty_like(values),
     unpack_workspace,
+)
+define_inplace(
+    scale_elsewhere,
+    "scale_elsewhere_(Tensor(a!) values, Tensor bits, float scale) -> Tensor(a!)",
+    functools.partial(_scale_elsewhere, inplace=True),
 )

@@ -7,6 +7,7 @@ ShapeProp       fake values and storages of every node
 Liveness        first and last uses, bytes alive
 MarkRegions     where the chain of regions is cut
 OfferImplementations   other ways to run backward operators, for the solver to choose from
+MarkInplace     which operators may write over an operand
 Costs           seconds and workspace of every node
 Rematerialize   solves for a budget and writes the graph anew, in place where the schedule says so
 """
@@ -14,6 +15,7 @@ Rematerialize   solves for a budget and writes the graph anew, in place where th
 from .base import Pass
 from .costs import Costs
 from .liveness import Liveness
+from .mark_inplace import MarkInplace
 from .match_eager import MatchEager
 from .names import NameNodes
 from .offer import OfferImplementations
@@ -23,6 +25,6 @@ from .shape_prop import ShapeProp
 from .update_buffers import UpdateBuffers
 
 __all__ = [
-    "Costs", "Liveness", "MarkRegions", "MatchEager", "NameNodes", "OfferImplementations", "Pass", "Rematerialize", "ShapeProp",
-    "UpdateBuffers",
+    "Costs", "Liveness", "MarkInplace", "MarkRegions", "MatchEager", "NameNodes", "OfferImplementations", "Pass",
+    "Rematerialize", "ShapeProp", "UpdateBuffers",
 ]  # fmt: skip

@@ -18,7 +18,8 @@ from .base import Pass
 
 class OfferImplementations(Pass):
     """Adds nodes that nothing reads yet: encoders (`meta["fxmem_offers"] = "encoder"`), makers of an operand ("variant") and of
-    a backward node's result ("alternative"), the latter two with `meta["fxmem_stands_for"]`, the node that they stand for.
+    a backward node's result ("alternative"), the latter two with `meta["fxmem_stands_for"]`, the node that they stand for;
+    all with `meta["fxmem_implementation"]`.
 
     names, exactness: as for `fxmem.transform`. Needs ShapeProp. Raises ImplementationError for a name that is not known,
     and, naming it, for an implementation that fails. One that makes something of another shape, layout or type is not offered.
@@ -72,6 +73,7 @@ class _Offers:
             source = next(a for a in call.args if isinstance(a, fx.Node))
             node = self._call(call, None, source, source, f"{source.name}_{implementation.name}")
             node.meta |= {"fxmem_offers": "encoder", "fxmem_storages": (len(self.infos),)}
+            node.meta["fxmem_implementation"] = implementation.name
             size_bytes = node.meta["val"].untyped_storage().nbytes()
             self.infos.append(StorageInfo(node, -(-size_bytes // self.alignment_bytes) * self.alignment_bytes))
             self.codes[key] = node
@@ -85,6 +87,7 @@ class _Offers:
             self.graph.erase_node(made)
             return
         made.meta |= {"fxmem_offers": what, "fxmem_stands_for": node, "fxmem_storages": node.meta["fxmem_storages"]}
+        made.meta["fxmem_implementation"] = implementation.name
 
     def _call(self, call: Call, code: fx.Node | None, beside: fx.Node, after: fx.Node, name: str) -> fx.Node:
         """A node right after another one, of the module and region of `beside`."""

@@ -1,15 +1,18 @@
 """The default: the methods of others, search, a lower bound, and where these do not meet on a small graph, the exact program.
 
 The methods of others take little time, are starts for the search, and are judged beside it: the answer is never worse than
-theirs. The exact program begins from what the search found, as an upper limit on its cost. Whatever fails, the best schedule
-of the others is the answer, and the log tells.
+theirs. Where there are operator implementations to choose from, the step without them is searched first, so that the answer
+is never worse than that either. The exact program begins from what the search found, as an upper limit on its cost. Whatever
+fails, the best schedule of the others is the answer, and the log tells.
 """
 
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import replace
 
+from ..problem import without_implementations
 from ..schedule import Schedule, simulate
 from .base import SOLVERS, Answer, Task, judge, register_solver
 from .bound import lower_bound
@@ -17,6 +20,7 @@ from .lift import lift
 from .milp import binaries, milp
 from .search import search
 from .stages import Compiled, compile_problem
+from .state import least_possible_bytes
 
 MOST_BINARIES = 600  # up to which the exact program ends in seconds
 CLOSE = 1e-4  # of a step: not worth closing
@@ -30,7 +34,7 @@ def auto(task: Task) -> Answer:
     """Ask the peers, search, bound, and prove where that is cheap."""
     compiled = compile_problem(task.problem)
     log: list[str] = []
-    task = replace(task, starts=(*task.starts, *_peers(task, compiled, log)))
+    task = replace(task, starts=(*task.starts, *_peers(task, compiled, log), *_plainly(task, log)))
     answer = search(task)
     log += answer.log
     unit_s = task.problem.plain_time_s or 1.0
@@ -50,6 +54,20 @@ def auto(task: Task) -> Answer:
         bound = max(bound, exact.lower_bound_overhead)
         found = judge(task, [found and found[0], exact.schedule])
     return Answer(found and found[0], bound, proven, answer.stopped, tuple(log))
+
+
+def _plainly(task: Task, log: list[str]) -> list[Schedule]:
+    """What the search finds without any implementations, in half of the time that is left at most."""
+    if not task.problem.encoders and not task.problem.alternatives:
+        return []
+    problem, kept = without_implementations(task.problem)
+    if task.budget_bytes < least_possible_bytes(problem, compile_problem(problem)):
+        return []
+    now = time.monotonic()
+    alone = replace(task, problem=problem, starts=(), deadline=now + (task.deadline - now) / 2)
+    answer = search(alone, insist=False)
+    log += (f"without implementations: {line}" for line in answer.log)
+    return [] if answer.schedule is None else [Schedule(tuple(kept[p] for p in answer.schedule.steps))]
 
 
 def _peers(task: Task, compiled: Compiled, log: list[str]) -> list[Schedule]:

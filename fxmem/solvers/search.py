@@ -37,12 +37,12 @@ ATTEMPTS = 3
 
 
 @register_solver("search")
-def search(task: Task) -> Answer:
-    """Rounds of annealing; no schedule where nothing that fits was met."""
+def search(task: Task, insist: bool = True) -> Answer:
+    """Rounds of annealing; no schedule where nothing that fits was met. insist: before that, look for the least peak."""
     compiled, budget_bytes, log = compile_problem(task.problem), task.budget_bytes, []
     for _ in range(ATTEMPTS):
         with Pool(len(compiled.stages)) as pool:
-            best = _rounds(task, compiled, budget_bytes, pool, log)
+            best = _rounds(task, compiled, budget_bytes, pool, log, insist)
         if best.desired is None:
             return Answer(None, stopped=best.stopped, log=tuple(log))
         schedule = State(compiled, budget_bytes, list(best.desired)).schedule()
@@ -92,12 +92,12 @@ def better(incumbents: list[Incumbent]) -> Incumbent:
     return Incumbent(cheapest.desired, cheapest.time_s, smallest.smallest, smallest.smallest_bytes, stopped)
 
 
-def _rounds(task: Task, compiled: Compiled, budget_bytes: int, pool: Pool, log: list[str]) -> Incumbent:
+def _rounds(task: Task, compiled: Compiled, budget_bytes: int, pool: Pool, log: list[str], insist: bool) -> Incumbent:
     """First from the relaxation's advice, several ways; then from the best so far, as long as that saves anything."""
     advice = hint(compiled, budget_bytes, task.deadline)
     fresh = Run(task.problem, budget_bytes, advice, effort(compiled), 0)
     best = better([first_states(task, compiled, budget_bytes), _round(task, _varied(fresh), pool, log)])
-    if best.desired is None:
+    if best.desired is None and insist:
         best = squeeze(task, compiled, budget_bytes, best, pool)
     if best.desired is None:
         log.append(f"search: nothing that fits; least peak met {best.smallest_bytes:,} bytes")
@@ -133,5 +133,8 @@ def _seeds(run: Run) -> list[Run]:
 
 
 def _varied(run: Run) -> list[Run]:
-    count = max(LEAST_RUNS, RUNS_X_STAGES // len(compile_problem(run.problem).stages))
+    count = RUNS_X_STAGES // len(compile_problem(run.problem).stages)
+    if run.problem.encoders:  # the step without implementations was searched before, and is among the starts
+        count //= 2
+    count = max(LEAST_RUNS, count)
     return [replace(run, seed=run.seed + k, hot=hot, weight=weight) for k, (hot, weight) in enumerate(FRESH[:count])]
