@@ -70,7 +70,7 @@ def plan_one(name: str, fraction: float, device: str, time_limit_s: float, long:
     for _ in range(2):
         torch_s.append(_seconds(lambda: _trace(example)))
         capture_s.append(_seconds(lambda: capture(example.module, args, kwargs)))
-    prepared = prepare(example.module, args, kwargs, device)
+    prepared = prepare(example.module, args, kwargs, device, implementations=())
     problem, budget_bytes = prepared.lowered.problem, int(fraction * prepared.baseline.peak_bytes)
     found = solve(problem, budget_bytes, time_limit_s=time_limit_s)
     peak_rss = 1024 * sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))

@@ -1,6 +1,7 @@
 """Extra time, peak, lower bound and seconds of every solver: on models planned without being built, or on stored instances.
 
-`python -m benchmarks.solvers` plans the models on fake tensors, with rooflines of two devices. With `--instance FILE...` it
+`python -m benchmarks.solvers` plans the models on fake tensors, with rooflines of two devices, each operator run as PyTorch
+runs it (see `benchmarks.implementations` for more). With `--instance FILE...` it
 solves stored joint graphs instead; there, what exists before the step counts neither in the budget nor in the peak.
 `--json` prints a JSON object a line: instance, device, budget (a fraction of the plain peak, or "min"), solver, extra_time
 (recomputed time as a fraction of the plain step's), peak_fraction (of the plain peak), bound (a lower bound on extra_time, or
@@ -135,7 +136,7 @@ def model_cases(name: str, devices: list[str]) -> Iterator[Case]:
     """A model planned on meta tensors, from one capture: nothing of its size is allocated."""
     example = SOLVER_MODELS[name]()
     args, kwargs = canonical_call(example.module, example.args, example.kwargs)
-    prepared = prepare(example.module, args, kwargs, devices[0])
+    prepared = prepare(example.module, args, kwargs, devices[0], implementations=())
     for device in devices:
         prepared = prepared.under(device)
         schedules = prepared.partitioner_schedules()

@@ -41,7 +41,7 @@ def lower(graph_module: fx.GraphModule) -> Lowered:
     operators.insert(forward_end, _return_operator(graph_module, infos))
     nodes.insert(forward_end, graph_module.graph.output_node())
     beside = [(n, _dropout_variant(n, o)) for n, o in zip(nodes, operators, strict=True) if "fxmem_variant_cost" in n.meta]
-    beside += _offers(made, {n: p for p, n in enumerate(nodes)}, infos, written, returned)
+    beside += _offers(made, {n: p for p, n in enumerate(nodes)}, operators, infos, written, returned)
     problem = Problem(
         storages=tuple(_storage(info) for info in infos),
         operators=(*operators, *(operator for _, operator in beside)),
@@ -54,7 +54,12 @@ def lower(graph_module: fx.GraphModule) -> Lowered:
 
 
 def _offers(
-    made: list[fx.Node], place: dict[fx.Node, int], infos: tuple[StorageInfo, ...], written: set[fx.Node], returned: set[int]
+    made: list[fx.Node],
+    place: dict[fx.Node, int],
+    operators: list[Operator],
+    infos: tuple[StorageInfo, ...],
+    written: set[fx.Node],
+    returned: set[int],
 ) -> list[tuple[fx.Node, Operator]]:
     """What `OfferImplementations` has added, encoders first."""
     found = []
@@ -62,10 +67,11 @@ def _offers(
         for node in made:
             if node.meta.get("fxmem_offers") == what:
                 operator = _operator(node, infos, written, returned)
-                if what == "variant":
-                    operator = replace(operator, outputs=node.meta["fxmem_storages"])
                 if what == "alternative":
-                    operator = replace(operator, replaces=place[node.meta["fxmem_stands_for"]])
+                    index = place[infos[node.meta["fxmem_storages"][0]].node]
+                    if set(operators[index].outputs) != set(operator.outputs):
+                        continue  # it makes a part of what it would stand for
+                    operator = replace(operator, replaces=index)
                 found.append((node, operator))
     return found
 
@@ -122,8 +128,8 @@ def _returned(graph_module: fx.GraphModule, kinds: tuple[str, ...], infos: tuple
 
 
 def _operator(node: fx.Node, infos: tuple[StorageInfo, ...], written: set[fx.Node], returned: set[int]) -> Operator:
-    makers = node, node.meta.get("fxmem_stands_for")
-    outputs = tuple(s for s in node.meta["fxmem_storages"] if infos[s].node in makers)
+    stands_in = "fxmem_stands_for" in node.meta
+    outputs = tuple(s for s in node.meta["fxmem_storages"] if stands_in or infos[s].node is node)
     inputs = tuple(dict.fromkeys(s for n in node.all_input_nodes for s in n.meta["fxmem_storages"]))
     return Operator(
         name=node.name,

@@ -24,6 +24,7 @@ from .passes import (
     NameNodes,
     OfferImplementations,
     ShapeProp,
+    SplitConvolutions,
     UpdateBuffers,
 )
 from .schedule import Schedule
@@ -36,15 +37,20 @@ CUDA_ALIGNMENT_BYTES = 512  # the caching allocator's granularity
 
 @dataclass(frozen=True)
 class Prepared:
-    """One capture, costed by one model. cost: its name. seconds: what all of it took."""
+    """One capture, costed by one model. device: None where all tensors were on meta. seconds: what all of it took."""
 
     model: str
     captured: Capture
-    device: torch.device
+    device: torch.device | None
     lowered: Lowered
     baseline: EagerTimeline
-    cost: str
+    cost_model: CostModel
     seconds: float
+
+    @property
+    def cost(self) -> str:
+        """The cost model's name."""
+        return self.cost_model.name
 
     def plan(self, solution: Solution, budget_bytes: int | None) -> Plan:
         """What a solver decided, as users see it."""
@@ -61,9 +67,11 @@ class Prepared:
 
     def under(self, cost: str | CostModel) -> Prepared:
         """The same capture costed otherwise."""
-        model = cost_model(cost, self.device)
+        model = _cost_model(cost, self.device)
         Costs(model)(self.captured.joint)
-        return replace(self, lowered=lower(self.captured.joint), cost=model.name)
+        elsewhere = _on_gpu(model) != _on_gpu(self.cost_model)
+        baseline = _baseline(self.captured, model) if elsewhere else self.baseline
+        return replace(self, lowered=lower(self.captured.joint), baseline=baseline, cost_model=model)
 
     def partitioner_schedules(self) -> tuple[Schedule, ...]:
         """What PyTorch's own partitioner would do with this step (see `torch_budget`)."""
@@ -83,13 +91,14 @@ def prepare(
     offer = OfferImplementations(implementations, exactness)
     started = time.perf_counter()
     device = device_of(module, args, kwargs)
-    model = cost_model(cost, device)
+    model = _cost_model(cost, device)
     captured = capture(module, args, kwargs, output_gradients)
     passes = (
+        SplitConvolutions(),
         NameNodes(),
         MatchEager(),
         UpdateBuffers(),
-        ShapeProp(alignment_bytes=CUDA_ALIGNMENT_BYTES if device.type == "cuda" else 1),
+        ShapeProp(alignment_bytes=CUDA_ALIGNMENT_BYTES if device and device.type == "cuda" else 1),
         Liveness(),
         MarkRegions(),
         offer,
@@ -99,22 +108,35 @@ def prepare(
     for graph_pass in passes:
         graph_pass(captured.joint)
     lowered = lower(captured.joint)
-    baseline = eager_timeline(captured.torch_level, *captured.call, workspace=_workspace, roots_of=_attached)
-    return Prepared(type(module).__name__, captured, device, lowered, baseline, model.name, time.perf_counter() - started)
+    baseline = _baseline(captured, model)
+    return Prepared(type(module).__name__, captured, device, lowered, baseline, model, time.perf_counter() - started)
 
 
-def device_of(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> torch.device:
-    """Where a call's tensors are; the CPU where all are on meta."""
+def device_of(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> torch.device | None:
+    """Where a call's tensors are; None where all are on meta."""
     tensors = (
         t for t in (*module.parameters(), *module.buffers(), *pytree.tree_leaves((args, kwargs))) if isinstance(t, torch.Tensor)
     )
-    return next((t.device for t in tensors if not t.is_meta), torch.device("cpu"))
+    return next((t.device for t in tensors if not t.is_meta), None)
+
+
+def _cost_model(cost: str | CostModel, device: torch.device | None) -> CostModel:
+    return cost_model(cost, device or torch.device("cpu"), anywhere=device is None)
+
+
+def _on_gpu(model: CostModel) -> bool | None:
+    return getattr(model, "on_gpu", None)
+
+
+def _baseline(captured: Capture, model: CostModel) -> EagerTimeline:
+    """The plain module's memory, with workspaces by the formulas."""
+
+    def workspace(operator: Any, args: tuple, kwargs: dict, result: Any) -> int:
+        return workspace_bytes(OpCall(operator, args, kwargs, result, _on_gpu(model)))
+
+    return eager_timeline(captured.torch_level, *captured.call, workspace=workspace, roots_of=_attached)
 
 
 def _attached(outputs: Any) -> list[torch.Tensor]:
     """The outputs that the planned step differentiates: capture has detached all others."""
     return [t for t in pytree.tree_leaves(outputs) if isinstance(t, torch.Tensor) and t.requires_grad]
-
-
-def _workspace(operator: Any, args: tuple, kwargs: dict, result: Any) -> int:
-    return workspace_bytes(OpCall(operator, args, kwargs, result))

@@ -29,6 +29,7 @@ class Between(nn.Module):
 
 
 MODULES = {
+    "convolution_transposed": lambda: Between(nn.Conv2d(4, 6, 3, 2, 1), nn.Conv2d(6, 6, 3, padding=1, groups=6)),
     "relu_bits": lambda: Between(nn.ReLU()),
     "relu_input": lambda: Between(nn.ReLU()),
     "leaky_relu_bits": lambda: Between(nn.LeakyReLU(0.1)),

@@ -213,7 +213,9 @@ def _notes(node: fx.Node) -> Iterator[str]:
     meta = node.meta
     if "fxmem_recomputes" in meta:
         again = meta["fxmem_recomputes"]
-        what = f"{again} by {meta['fxmem_implementation']}" if meta.get("fxmem_offers") == "variant" else f"recompute of {again}"
+        what = (
+            f"{again} by {meta['fxmem_implementation']}" if meta.get("fxmem_offers") == "variant" else f"recompute of {again}"
+        )
         yield f"{what}: {meta.get('fxmem_avoided_bytes', 0):,} bytes not kept"
     elif meta.get("fxmem_offers") == "encoder":
         yield f"what {meta['fxmem_implementation']} keeps"

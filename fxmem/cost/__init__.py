@@ -22,11 +22,12 @@ __all__ = [
 ]  # fmt: skip
 
 
-def cost_model(cost: str | CostModel, device: torch.device) -> CostModel:
+def cost_model(cost: str | CostModel, device: torch.device, anywhere: bool = False) -> CostModel:
     """The cost model that `cost` names, for operators that will run on `device`.
 
     cost: "measured" (times each different operator on `device`), "roofline" (the device table's row for `device`), a row of
         the table ("P100", "V100", "A100", "H100", "H200", "cpu"), or a CostModel, which is returned as it is.
+    anywhere: nothing is on a real device yet, so that workspaces too are those of the named row.
 
     Raises CostError, listing what is allowed, for anything else.
     """
@@ -36,7 +37,7 @@ def cost_model(cost: str | CostModel, device: torch.device) -> CostModel:
         if cost == "roofline":
             return RooflineCost(row_for(device))
         if cost in DEVICE_NAMES:
-            return RooflineCost(cost)
+            return RooflineCost(cost, on_gpu=cost != "cpu" if anywhere else None)
     elif isinstance(cost, CostModel):
         return cost
     raise CostError(

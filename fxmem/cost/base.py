@@ -27,12 +27,16 @@ class OpCost:
 
 @dataclass(frozen=True)
 class OpCall:
-    """One call of an operator: its target, and tensors (fake or meta) or plain values as arguments and results."""
+    """One call of an operator: its target, and tensors (fake or meta) or plain values as arguments and results.
+
+    on_gpu: whether it is costed for a GPU, wherever the tensors are; None: where they are.
+    """
 
     target: Any
     args: tuple
     kwargs: dict = field(default_factory=dict)
     out: Any = None
+    on_gpu: bool | None = None
 
     @property
     def packet(self) -> Any:

@@ -5,6 +5,7 @@ of the table can be planned for from any machine."""
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import fx
@@ -23,12 +24,13 @@ CONVOLUTIONS = {aten.convolution, aten.convolution_backward, aten._convolution, 
 class RooflineCost:
     """Cost model from operation counts, bytes moved and the device table.
 
-    device: a row's name ("P100", "V100", "A100", "H100", "H200", "cpu").
+    device: a row's name ("P100", "V100", "A100", "H100", "H200", "cpu"). on_gpu: whose workspaces count, a GPU's or a CPU's;
+        None: those of the device that the tensors are on.
     """
 
-    def __init__(self, device: str):
+    def __init__(self, device: str, on_gpu: bool | None = None):
         self._device: Device = device_table(device)
-        self.name = device
+        self.name, self.on_gpu = device, on_gpu
 
     def cost(self, node: fx.Node) -> OpCost:
         """Roofline cost of a call_function node; CostError where its values are missing."""
@@ -42,7 +44,7 @@ class RooflineCost:
         dtype = next((t.dtype for t in call.inputs if t.is_floating_point()), torch.float32)
         arithmetic_s = flops(call) / device.flops_per_s(dtype, convolution=call.packet in CONVOLUTIONS)
         traffic_s = moved_bytes(call) / device.bytes_per_s
-        return OpCost(max(arithmetic_s, traffic_s) + device.launch_s, workspace_bytes(call))
+        return OpCost(max(arithmetic_s, traffic_s) + device.launch_s, workspace_bytes(replace(call, on_gpu=self.on_gpu)))
 
 
 def flops(call: OpCall) -> int:

@@ -33,6 +33,8 @@ def workspace_bytes(call: OpCall) -> int:
 
 
 def _on_cpu(call: OpCall) -> bool:
+    if call.on_gpu is not None:
+        return not call.on_gpu
     return all(t.device.type in ("cpu", "meta") for t in call.inputs)
 
 
@@ -72,7 +74,9 @@ def _unit_stride_copy(x: torch.Tensor, w: torch.Tensor, strides: list[int], spat
 def _convolution(call: OpCall) -> int:
     """oneDNN reorders input and weight into blocks, computes a blocked output, frees the first two and copies the third
     into the plain layout; a transposed one holds two more outputs for a moment. Channels-last runs as it lies, but for the
-    weight. cuDNN does much the same where it picks a layout of its own."""
+    weight. cuDNN's implicit matrix products take nothing worth counting; measure, where it may pick other algorithms."""
+    if not _on_cpu(call):
+        return _contiguous_copies(call)
     x, w, strides, transposed = call.args[0], call.args[1], call.args[3], call.args[6]
     out = call.outputs[0]
     if x.dtype is torch.float64:
@@ -88,12 +92,15 @@ def _convolution(call: OpCall) -> int:
 def _convolution_backward(call: OpCall) -> int:
     """First the input's gradient, in blocks and then plain (twice in blocks where the convolution is strided and not
     depthwise); then output gradient and input in blocks while the weight's gradient is summed up, with one more partial sum
-    for each further thread where activations outweigh weights; then the weight's gradient in blocks beside the plain one."""
+    for each further thread where activations outweigh weights; then the weight's gradient in blocks beside the plain one.
+    cuDNN: one more copy of the weight's gradient."""
+    if not _on_cpu(call):
+        return _contiguous_copies(call) + _bytes(call.args[2])
     grad, x, w, _, strides = call.args[:5]
     if x.dtype is torch.float64:
         return _contiguous_copies(call) + _columns(x, w, x.shape[2:] if call.args[7] else grad.shape[2:])
     w_bytes = _blocked(w, (0,)) * (4 // min(4, w.element_size()))
-    splits = min(torch.get_num_threads(), x.shape[0]) - 1 if _on_cpu(call) else 1
+    splits = min(torch.get_num_threads(), x.shape[0]) - 1
     partial = w_bytes * splits + (64 << 10) if _bytes(grad) + _bytes(x) > _bytes(w) else 0
     if x.dtype in LOW_PRECISION:
         partial += _bytes(x) + w_bytes
@@ -105,7 +112,7 @@ def _convolution_backward(call: OpCall) -> int:
     input_phase = max(grad_bytes + w_bytes, x_bytes) + x_bytes - call.new_output_bytes if call.args[10][0] else 0
     if call.args[10][0] and max(strides) > 1 and w.shape[1] > 1:
         input_phase = max(input_phase, 3 * x_bytes - call.new_output_bytes)
-    weight_phase = grad_bytes + x_bytes + partial + _unit_stride_copy(x, w, strides, grad.shape[2:])
+    weight_phase = grad_bytes + x_bytes + partial + _unit_stride_copy(x, w, strides, grad.shape[2:]) if call.args[10][1] else 0
     return _contiguous_copies(call) + max(input_phase, weight_phase, w_bytes)
 
 

@@ -33,7 +33,8 @@ class Call:
 class Choice:
     """One more way to run a backward operator.
 
-    backward: runs in its place, and makes the same values. encode: makes CODE from what one forward operator makes; None where
+    backward: runs in its place, and makes the same value; of an operator with a tuple of results, the one that `result` takes
+        out, which has to be the only one that is used. encode: makes CODE from what one forward operator makes; None where
     `backward` reads nothing that the graph does not hold anyway. decode: makes an operand of the operator, the node `decoded`,
     again from CODE.
     """
@@ -42,6 +43,7 @@ class Choice:
     encode: Call | None = None
     decode: Call | None = None
     decoded: fx.Node | None = None
+    result: fx.Node | None = None
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The stages that work on a graph, each an fx pass: use them alone, in a PassManager, or through `fxmem.transform`.
 
 MatchEager      makes a captured joint graph round as the plain module does
+SplitConvolutions   the backward of a convolution as two operators
 NameNodes       names nodes after modules and what they compute
 UpdateBuffers   writes buffers where they change
 ShapeProp       fake values and storages of every node
@@ -22,9 +23,10 @@ from .offer import OfferImplementations
 from .regions import MarkRegions
 from .rematerialize import Rematerialize
 from .shape_prop import ShapeProp
+from .split_convolutions import SplitConvolutions
 from .update_buffers import UpdateBuffers
 
 __all__ = [
     "Costs", "Liveness", "MarkInplace", "MarkRegions", "MatchEager", "NameNodes", "OfferImplementations", "Pass",
-    "Rematerialize", "ShapeProp", "UpdateBuffers",
+    "Rematerialize", "ShapeProp", "SplitConvolutions", "UpdateBuffers",
 ]  # fmt: skip

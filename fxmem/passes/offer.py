@@ -65,7 +65,7 @@ class _Offers:
             self.decoded.add((choice.decoded, code))
             self._stand_in(choice.decode, choice.decoded, code, "variant", implementation)
         if choice.backward:
-            self._stand_in(choice.backward, node, code, "alternative", implementation)
+            self._stand_in(choice.backward, choice.result or node, code, "alternative", implementation)
 
     def _encoder(self, call: Call, implementation: Implementation) -> fx.Node:
         key = (call.target, repr(call.args))

@@ -1,0 +1,28 @@
+"""The gradient of a convolution's input, of which aten's backward asks for the input itself, though it reads only its shape."""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import fx
+
+from .base import Call, Choice, register_implementation
+
+aten = torch.ops.aten
+INPUT_ALONE = [True, False, False]
+
+
+@register_implementation("convolution_transposed", aten.convolution_backward.default)
+def convolution_transposed(node: fx.Node) -> Choice | None:
+    """The transposed convolution of the output's gradient: the same kernel, from gradient and weight alone."""
+    gradient, x, weight, _, stride, padding, dilation, transposed, _, groups, mask = node.args
+    values = gradient.meta["val"], x.meta["val"], weight.meta["val"]
+    plain = groups == 1 or all(v.is_contiguous() for v in values)
+    item = next((u for u in node.users if u.target is operator.getitem and u.args[1] == 0), None)
+    if transposed or list(mask) != INPUT_ALONE or item is None or not plain or any(v.numel() == 0 for v in values):
+        return None
+    made = zip(values[0].shape[2:], values[1].shape[2:], values[2].shape[2:], stride, padding, dilation, strict=True)
+    missing = [x - ((y - 1) * s - 2 * p + d * (k - 1) + 1) for y, x, k, s, p, d in made]
+    call = Call(aten.convolution.default, (gradient, weight, None, stride, padding, dilation, True, missing, groups))
+    return Choice(backward=call, result=item)
