@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Iterable
 
 from .results import FOLDER, Results, load
-from .tables import full_markdown, readme_markdown, solvers_markdown
+from .tables import full_markdown, implementations_markdown, readme_markdown, solvers_markdown
 
 ROOT = pathlib.Path(__file__).parent.parent
 END = "<!-- results: end -->"
@@ -36,13 +36,25 @@ def solver_rows() -> list[dict]:
     return rows + ([json.loads(line) for line in instances.read_text().splitlines()] if instances.exists() else [])
 
 
+def implementation_rows() -> list[dict]:
+    path = FOLDER / "implementations.json"
+    return json.loads(path.read_text()) if path.exists() else []
+
+
 def pages() -> dict[pathlib.Path, str]:
     """Each page that holds tables, as it should read."""
     steps, readme, benchmarks = stored(), ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
+    implementations = ROOT / "docs" / "implementations.md"
+    other = implementations.read_text()
+    for part in ("table", "speed", "models", "monet"):
+        other = with_tables(
+            other, f"benchmarks.implementations, {part}", [implementations_markdown(implementation_rows(), part)]
+        )
     page = with_tables(benchmarks.read_text(), "benchmarks.step", map(full_markdown, steps))
     return {
         readme: with_tables(readme.read_text(), "benchmarks.step", map(readme_markdown, steps)),
         benchmarks: with_tables(page, "benchmarks.solvers", [solvers_markdown(solver_rows())]),
+        implementations: other,
     }
 
 

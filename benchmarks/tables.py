@@ -54,6 +54,38 @@ def solvers_markdown(rows: list[dict]) -> str:
     return _markdown("", titles, [_question(key, answers) for key, answers in questions.items() if "auto" in answers]).lstrip()
 
 
+def implementations_markdown(rows: list[dict], part: str) -> str:
+    """The rows of one part of `benchmarks.implementations`."""
+    found = [row for row in rows if row["part"] == part]
+    if part == "table":
+        titles = ["implementation", "serves", "what the backward keeps", "class", "error", "plain error"]
+        cells = [
+            [f"`{r['name']}`", ", ".join(f"`{t}`" for t in r["serves"]), r["keeps"], r["exactness"], f"{r['error']:.1e}",
+             f"{r['plain_error']:.1e}"]
+            for r in found
+        ]  # fmt: skip
+    elif part == "speed":
+        titles, cells = ["", "GB/s"], [[f"`{r['name']}`", f"{r['gb_per_s']:.1f}"] for r in found]
+    else:
+        titles = ["model", "device", "budget", "way", "peak, of plain", "extra time, %", "bound, %"]
+        titles += ["measured peak, of plain", "measured, %"] if part == "models" else ["MONeT, %"]
+        cells = [[r["model"], r["device"], r["budget"], r["way"], *_way(r, part)] for r in found]
+    return _markdown("", titles, cells).lstrip()
+
+
+def _way(row: dict, part: str) -> list[str]:
+    theirs = [f"{100 * row['theirs']:.1f}"] if part == "monet" else []
+    if row["outcome"] != "ok":
+        return [row["outcome"], "", "", *(theirs or ["", ""])]
+    plain = row["plain_peak_bytes"]
+    numbers = [f"{row['peak_bytes'] / plain:.3f}", f"{100 * row['extra_time']:.2f}", f"{100 * row['bound']:.2f}"]
+    if part == "monet":
+        return [*numbers, *theirs]
+    if "measured_peak_bytes" not in row:
+        return [*numbers, "", ""]
+    return [*numbers, f"{row['measured_peak_bytes'] / plain:.3f}", _percent(row["measured_extra_time"])]
+
+
 def _question(key: tuple[str, str, str], answers: dict[str, dict]) -> list[str]:
     auto = answers["auto"]
     others = [row for solver, row in answers.items() if solver != "auto" and row["extra_time"] is not None]

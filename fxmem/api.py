@@ -42,6 +42,7 @@ def transform(
     output_gradients: str | Sequence[int] | None = None,
     implementations: Sequence[str] | None = None,
     exactness: str = "bitwise",
+    inplace: bool = True,
 ) -> PlannedModule:
     """A module that computes what `module` computes, outputs, gradients and buffers alike, with its peak under a budget.
 
@@ -57,7 +58,7 @@ def transform(
     output_gradients: which output leaves get gradients: None (the scalar ones if there are any, else all), "all", or indices.
     implementations: names in `fxmem.implementations.IMPLEMENTATIONS` that the solver may choose from: None (all), or a tuple of
         names; "-name" leaves one out, () leaves all out. exactness: "bitwise", or "accurate" to allow those too whose gradients
-        differ in the last bits.
+        differ in the last bits. inplace: whether results may be written over operands that die.
 
     The peak counts parameters, buffers, inputs, all that is computed, gradients of parameters and inputs, and workspaces.
     Raises BudgetError, InfeasibleBudgetError, CaptureError and CostError, all of them FxmemError; `module` is then untouched.
@@ -72,13 +73,14 @@ def transform(
         output_gradients=output_gradients,
         implementations=implementations,
         exactness=exactness,
+        inplace=inplace,
     )
     choose_implementations(implementations, exactness)
     module, args, kwargs = _example_call(module, example_inputs, example_kwargs)
     check_names(module)
     _warn_of_hooks(module)
     cost = cost or _default_cost(module, args, kwargs)
-    prepared = prepare(module, args, kwargs, cost, output_gradients, implementations, exactness)
+    prepared = prepare(module, args, kwargs, cost, output_gradients, implementations, exactness, inplace)
     plan_ = _plan(prepared, wanted, solver, time_limit_s)
     joint = Rematerialize(solution=plan_.solution)(prepared.captured.joint).graph_module
     parts = partition(joint.graph, joint.meta["fxmem_regions"])
@@ -98,6 +100,7 @@ def plan(
     output_gradients: str | Sequence[int] | None = None,
     implementations: Sequence[str] | None = None,
     exactness: str = "bitwise",
+    inplace: bool = True,
 ) -> Plan:
     """What `transform` would decide, without making the module: nothing is executed, nothing of the model's size allocated.
 
@@ -106,7 +109,7 @@ def plan(
     """
     wanted = parse_budget(budget, max_overhead)
     module, args, kwargs = _example_call(module, example_inputs, example_kwargs)
-    prepared = prepare(module, args, kwargs, cost, output_gradients, implementations, exactness)
+    prepared = prepare(module, args, kwargs, cost, output_gradients, implementations, exactness, inplace)
     return _plan(prepared, wanted, solver, time_limit_s)
 
 

@@ -86,6 +86,7 @@ def prepare(
     output_gradients: Any = None,
     implementations: Sequence[str] | None = None,
     exactness: str = "bitwise",
+    inplace: bool = True,
 ) -> Prepared:
     """Capture a module and run every pass that needs no budget."""
     offer = OfferImplementations(implementations, exactness)
@@ -102,7 +103,7 @@ def prepare(
         Liveness(),
         MarkRegions(),
         offer,
-        MarkInplace(),
+        *((MarkInplace(),) if inplace else ()),
         Costs(model),
     )
     for graph_pass in passes:

@@ -8,6 +8,7 @@ from helpers.steps import assert_drop_in, assert_same_steps, transform
 from torch import nn
 
 import fxmem
+from benchmarks.implementation_cases import CASES, Between, images
 from fxmem.checking import force
 from fxmem.errors import ImplementationError
 from fxmem.implementations import CODE, IMPLEMENTATIONS, Call, Choice, bits, choose_implementations, hardtanh, max_pool, relu
@@ -17,53 +18,24 @@ aten = torch.ops.aten
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 
-class Between(nn.Module):
-    """A layer between two that need gradients, its input scaled so that every case occurs."""
-
-    def __init__(self, *layers: nn.Module, channels: int = 4):
-        super().__init__()
-        self.before, self.layers = nn.Conv2d(3, channels, 3, padding=1), nn.Sequential(*layers)
-
-    def forward(self, x):
-        return self.layers(4 * self.before(x)) * 2
-
-
-MODULES = {
-    "convolution_transposed": lambda: Between(nn.Conv2d(4, 6, 3, 2, 1), nn.Conv2d(6, 6, 3, padding=1, groups=6)),
-    "relu_bits": lambda: Between(nn.ReLU()),
-    "relu_input": lambda: Between(nn.ReLU()),
-    "leaky_relu_bits": lambda: Between(nn.LeakyReLU(0.1)),
-    "leaky_relu_output": lambda: Between(nn.LeakyReLU(0.1)),
-    "hardtanh_bits": lambda: Between(nn.ReLU6(inplace=True), nn.Hardtanh(-2.0, 1.5)),
-    "hardtanh_output": lambda: Between(nn.ReLU6(inplace=True), nn.Hardtanh(-2.0, 1.5)),
-    "dropout_bits": lambda: Between(nn.Dropout(0.3), nn.Dropout(0.5)),
-    "max_pool_indices": lambda: Between(nn.MaxPool2d(3, 2, 1), nn.MaxPool2d(2)),
-    "max_pool_offsets": lambda: Between(nn.MaxPool2d((3, 2), (1, 2), (1, 0), (2, 1), ceil_mode=True), nn.MaxPool2d(2)),
-}
-
-
-def images(dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.randn(3, 3, 10, 12, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
-
-
 def test_every_implementation_has_a_case_here():
-    assert set(MODULES) == set(IMPLEMENTATIONS)
+    assert set(CASES) == set(IMPLEMENTATIONS)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", CASES)
 def test_gradients_and_bytes_are_as_promised(name, dtype):
     torch.manual_seed(0)
-    found = fxmem.check_implementation(name, MODULES[name]().to(dtype), (images(dtype),))
+    found = fxmem.check_implementation(name, CASES[name]().to(dtype), (images(dtype),))
     assert found.places >= 1 and found.measured_peak_bytes <= found.predicted_peak_bytes
     assert found.is_bitwise or IMPLEMENTATIONS[name].exactness == "accurate"
 
 
-@pytest.mark.parametrize("name", [name for name in MODULES if "dropout" not in name])
+@pytest.mark.parametrize("name", [name for name in CASES if "dropout" not in name])
 def test_gradients_are_those_of_finite_differences(name):
     torch.manual_seed(0)
     x = images(torch.float64)[:1, :, :4, :6].detach().requires_grad_()
-    planned, places = force(name, MODULES[name]().double(), (x,), {})
+    planned, places = force(name, CASES[name]().double(), (x,), {})
     weights = torch.linspace(0.5, 1.5, planned(x).numel(), dtype=torch.float64)
     (planned(x).flatten() @ weights).backward()
     nearby, apart = x.detach(), 1e-6
@@ -76,7 +48,7 @@ def test_gradients_are_those_of_finite_differences(name):
     assert places
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("layout", ["channels_last", "transposed", "empty"])
 def test_other_layouts(name, layout):
     """Where the layout does not suit, the implementation is not offered; where it is, nothing changes."""
@@ -87,7 +59,7 @@ def test_other_layouts(name, layout):
         "transposed": x.transpose(2, 3),
         "empty": x[:0],
     }[layout].requires_grad_()
-    module = MODULES[name]()
+    module = CASES[name]()
     try:
         planned, _ = force(name, copy.deepcopy(module), (x,), {})
     except fxmem.CaptureError as error:
@@ -96,12 +68,12 @@ def test_other_layouts(name, layout):
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", CASES)
 def test_infinities_and_nan(name, value):
     torch.manual_seed(0)
     x = images().detach()
     x[0, :, 2, 3] = value
-    fxmem.check_implementation(name, MODULES[name](), (x.requires_grad_(),))
+    fxmem.check_implementation(name, CASES[name](), (x.requires_grad_(),))
 
 
 @pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 1000, bits.CHUNK + 5, 2 * bits.CHUNK])
@@ -158,7 +130,7 @@ def test_names_are_chosen():
 @pytest.mark.parametrize(
     ("names", "exactness", "message"),
     [
-        (("relu_bitz",), "bitwise", "'relu_bitz' is not known; the implementations are: dropout_bits, .*relu_bits"),
+        (("relu_bitz",), "bitwise", "'relu_bitz' is not known; the implementations are: .*dropout_bits, .*relu_bits"),
         ("relu_bits", "bitwise", "give a tuple of names"),
         (None, "roughly", "exactness='roughly' was given; allowed: bitwise, accurate"),
     ],

@@ -1,0 +1,201 @@
+"""What operator implementations and operators in place save, what they cost, and how exact and how fast they are.
+
+`python -m benchmarks.implementations` plans the models of `benchmarks.step` for a roofline at several budgets: by recompute
+alone, with operators in place, with other implementations, and with both. `--measure` runs them, at the step's own sizes, on
+this machine instead. `--table` makes the table of all implementations, and `--speed` compares masks as bits with a plain copy.
+`--monet` plans MONeT's five models at MONeT's batches and fractions of the plain peak (Shah et al. 2021, one P100). Results are
+stored; `python -m benchmarks.report` puts them into the documentation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+import fxmem
+from fxmem.errors import InfeasibleBudgetError
+from fxmem.implementations import IMPLEMENTATIONS, bits
+
+from .implementation_cases import CASES, images
+from .models import MODELS, SOLVER_MODELS, Example, build, on_meta
+
+RESULTS = pathlib.Path(__file__).parent / "results" / "implementations.json"
+WAYS: dict[str, dict[str, Any]] = {
+    "recompute": {"implementations": (), "inplace": False},
+    "in place": {"implementations": (), "inplace": True},
+    "implementations": {"inplace": False},
+    "all": {},
+}
+MONET = {  # fraction of the plain peak, and MONeT's own extra time there
+    "resnet50": (4.99 / 15.06, 0.1195),
+    "googlenet": (4.99 / 14.93, 0.158),
+    "unet": (5.01 / 14.32, 0.115),
+    "mobilenet_v2": (5.01 / 14.46, 0.087),
+    "vgg16": (5.51 / 14.12, 0.091),
+}
+LAYOUT = "{:<14}{:<8}{:>9}  {:<16}{:>9}{:>10}{:>10}{:>9}  {}"
+COLUMNS = LAYOUT.format("model", "device", "budget", "way", "peak", "extra, %", "measured", "bound, %", "outcome")
+
+
+def rows(name: str, example: Example, device: str, budgets: list[str], measured: bool, limit_s: float) -> Iterator[dict]:
+    """A row for each budget and way of one model."""
+    for budget in budgets:
+        for way, options in WAYS.items():
+            row = {"part": "models", "model": name, "device": device, "budget": budget, "way": way}
+            wanted = budget if budget == "min" else float(budget)
+            try:
+                yield row | _one(example, wanted, device, measured, limit_s, options)
+            except InfeasibleBudgetError as error:
+                yield row | {"outcome": f"infeasible: the least peak is {error.min_budget_bytes:,} bytes"}
+
+
+def _one(example: Example, budget: float | str, device: str, measured: bool, limit_s: float, options: dict) -> dict:
+    make = fxmem.transform if measured else fxmem.plan
+    cost = "measured" if measured else device
+    made = make(example.module, example.args, example.kwargs, budget=budget, cost=cost, time_limit_s=limit_s, **options)
+    plan = made.plan if measured else made
+    found = {
+        "outcome": "ok",
+        "plain_peak_bytes": plan.baseline_peak_bytes,
+        "peak_bytes": plan.predicted_peak_bytes,
+        "extra_time": plan.predicted_overhead,
+        "bound": plan.lower_bound_overhead,
+        "chosen": sum(p in _alternatives(plan.problem) for p in plan.solution.schedule.steps),
+    }
+    if measured:
+        found["measured_peak_bytes"] = fxmem.measure(made, example.args, example.kwargs).peak_bytes
+        found["measured_extra_time"] = fxmem.measure_pair(example.module, made, example.args, example.kwargs).ratio - 1
+    return found
+
+
+def _alternatives(problem) -> set[int]:
+    return {p for found in problem.alternatives.values() for p in found}
+
+
+def monet(limit_s: float) -> Iterator[dict]:
+    """MONeT's models, batches and smallest budgets, planned for its device."""
+    for name, (fraction, theirs) in MONET.items():
+        example = SOLVER_MODELS[name]()
+        for way in ("in place", "all"):
+            row = {"part": "monet", "model": name, "device": "P100", "budget": f"{fraction:.3f}", "way": way, "theirs": theirs}
+            try:
+                yield row | _one(example, fraction, "P100", False, limit_s, WAYS[way])
+            except InfeasibleBudgetError as error:
+                yield row | {"outcome": f"infeasible: the least peak is {error.min_budget_bytes:,} bytes"}
+
+
+def table() -> Iterator[dict]:
+    """What each implementation serves and how exact it is, in float32 and bfloat16."""
+    for name, implementation in IMPLEMENTATIONS.items():
+        torch.manual_seed(0)
+        found = fxmem.check_implementation(name, CASES[name](), (images(),))
+        half = fxmem.check_implementation(name, CASES[name]().bfloat16(), (images(torch.bfloat16),))
+        yield {
+            "part": "table",
+            "name": name,
+            "serves": [str(target).removesuffix(".default") for target in implementation.serves],
+            "keeps": (implementation.choose.__doc__ or "").strip().split("\n")[0],
+            "exactness": implementation.exactness,
+            "is_bitwise": found.is_bitwise and half.is_bitwise,
+            "error": found.error,
+            "plain_error": found.plain_error,
+        }
+
+
+def speed() -> Iterator[dict]:
+    """GB of values that pass in a second, beside a copy of them."""
+    values = torch.randn(1 << 24)
+    mask = bits.pack_above(values, 0)
+    cases: dict[str, Callable[[], Any]] = {
+        "copy": values.clone,
+        "threshold_backward": lambda: torch.ops.aten.threshold_backward(values, values, 0),
+        "pack_above": lambda: bits.pack_above(values, 0),
+        "keep_where": lambda: bits.keep_where(values, mask),
+        "unpack_mask": lambda: bits.unpack_mask(mask, [1 << 24], [1]),
+    }
+    for name, run in cases.items():
+        times = []
+        for _ in range(7):
+            begin = time.perf_counter()
+            run()
+            times.append(time.perf_counter() - begin)
+        yield {
+            "part": "speed",
+            "name": name,
+            "gb_per_s": values.nbytes / sorted(times)[3] / 1e9,
+            "threads": torch.get_num_threads(),
+        }
+
+
+def save(row: dict) -> None:
+    """Add the row to the stored results, or put it in place of the one of the same question."""
+    stored = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    key = ("part", "model", "name", "device", "budget", "way")
+    kept = {tuple(r.get(k) for k in key): r for r in (*stored, row)}
+    RESULTS.write_text(json.dumps(list(kept.values()), indent=1) + "\n")
+
+
+def line(row: dict) -> str:
+    if row["part"] in ("table", "speed"):
+        return ", ".join(f"{k}: {v}" for k, v in row.items() if k not in ("part", "keeps"))
+    if row["outcome"] != "ok":
+        return LAYOUT.format(row["model"], row["device"], row["budget"], row["way"], "", "", "", "", row["outcome"])
+    measured = f"{100 * row['measured_extra_time']:+.1f}" if "measured_extra_time" in row else ""
+    peak = f"{row['peak_bytes'] / row['plain_peak_bytes']:.3f}"
+    numbers = peak, f"{100 * row['extra_time']:.2f}", measured, f"{100 * row['bound']:.2f}"
+    note = f"MONeT: {100 * row['theirs']:.1f} %" if "theirs" in row else f"{row['chosen']} alternatives"
+    return LAYOUT.format(row["model"], row["device"], row["budget"], row["way"], *numbers, note)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    unknown = [name for name in options.models.split(",") if name not in MODELS]
+    if unknown:
+        print(f"unknown model {unknown[0]!r}; models: {', '.join(MODELS)}", file=sys.stderr)
+        return 2
+    found: Iterator[dict]
+    if options.table or options.speed:
+        found = table() if options.table else speed()
+    elif options.monet:
+        found = monet(options.time_limit)
+    else:
+        found = (row for name in options.models.split(",") for row in _model_rows(name, options))
+    if not (options.table or options.speed):
+        print(COLUMNS, flush=True)
+    for row in found:
+        print(line(row), flush=True)
+        save(row)
+    return 0
+
+
+def _model_rows(name: str, options: argparse.Namespace) -> Iterator[dict]:
+    example = build(name) if options.measure else on_meta(MODELS[name])()
+    device = "this" if options.measure else options.device
+    return rows(name, example, device, options.budget.split(","), options.measure, options.time_limit)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.implementations", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", default=",".join(MODELS), help=f"comma-separated (all: {', '.join(MODELS)})")
+    parser.add_argument("--device", default="V100", help="roofline that the models are planned with")
+    parser.add_argument("--budget", default="0.5,0.33,min", help='comma-separated fractions of the plain peak, or "min"')
+    parser.add_argument("--time-limit", type=float, default=60.0, help="seconds for one plan")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--measure", action="store_true", help="run the steps on this machine")
+    what.add_argument("--monet", action="store_true", help="MONeT's models at MONeT's smallest budgets")
+    what.add_argument("--table", action="store_true", help="the table of all implementations")
+    what.add_argument("--speed", action="store_true", help="masks as bits beside a copy")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
