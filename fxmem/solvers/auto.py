@@ -43,7 +43,7 @@ def auto(task: Task) -> Answer:
         return replace(answer, log=tuple(log))
     found = judge(task, [answer.schedule, *task.starts])
     overhead = found[1].overhead if found else math.inf
-    if overhead * unit_s > FAR * bound_s:
+    if overhead * unit_s > FAR * bound_s and not answer.stopped:
         bound_s = lift(compiled, task.budget_bytes, bound_s, overhead * unit_s, task.limit_s, task.deadline, log)
     bound = bound_s / unit_s
     proven = False
@@ -66,6 +66,8 @@ def _plainly(task: Task, log: list[str]) -> list[Schedule]:
     now = time.monotonic()
     alone = replace(task, problem=problem, starts=(), deadline=now + (task.deadline - now) / 2)
     answer = search(alone, insist=False)
+    if answer.stopped and not alone.out_of_time:
+        raise KeyboardInterrupt
     log += (f"without implementations: {line}" for line in answer.log)
     return [] if answer.schedule is None else [Schedule(tuple(kept[p] for p in answer.schedule.steps))]
 

@@ -117,12 +117,12 @@ def _round(task: Task, runs: list[Run], pool: Pool, log: list[str]) -> Incumbent
     begin, unit_s = time.monotonic(), task.problem.plain_time_s or 1.0
     annealed = pool.run_all(runs, task.deadline, task.progress)
     fit = {i.desired: i.time_s for i in annealed if i.desired is not None}
-    chosen = sorted(fit, key=fit.__getitem__)[:PACKED]
+    chosen = [] if any(i.stopped for i in annealed) else sorted(fit, key=fit.__getitem__)[:PACKED]
     packs = [replace(runs[0], desired=desired, moves=0, packed=True) for desired in chosen]
     best = better([*annealed, *pool.run_all(packs, task.deadline, task.progress)])
     now = "nothing that fits"
     if fit:
-        now = f"extra time {100 * fit[chosen[0]] / unit_s:.3f} %, packed {100 * best.time_s / unit_s:.3f} %"
+        now = f"extra time {100 * min(fit.values()) / unit_s:.3f} %, packed {100 * best.time_s / unit_s:.3f} %"
     what = f"{runs[0].budget_bytes:,} bytes, {len(runs)} x {runs[0].moves} moves"
     log.append(f"search: {what}: {now}, {time.monotonic() - begin:.1f} s")
     return best
