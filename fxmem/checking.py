@@ -16,12 +16,13 @@ from .codegen.planned import PlannedModule, assemble
 from .decisions import Plan
 from .errors import ImplementationError
 from .implementations import IMPLEMENTATIONS, choose_implementations
+from .lowering import Lowered
 from .measuring import backward_roots, measure
 from .passes import Rematerialize
 from .prepared import prepare
-from .problem import Problem
 from .schedule import Schedule, simulate
 from .solvers import Solution
+from .solvers.stages import compile_problem
 from .torch_internals import pytree
 
 MOST_ERRORS = 4.0  # times the plain operator's own error that an accurate implementation may have
@@ -80,7 +81,7 @@ def force(name: str, module: nn.Module, args: tuple, kwargs: dict) -> tuple[Plan
     """The module planned so that nothing is recomputed but by the implementation, and in how many places that is used."""
     prepared = prepare(module, args, kwargs, "measured", "all", (name,), "accurate")
     problem = prepared.lowered.problem
-    schedule, places = _everywhere(problem)
+    schedule, places = _everywhere(prepared.lowered)
     solution = Solution(schedule, simulate(problem, schedule), 0.0, "forced", "check", 0.0)
     plan: Plan = prepared.plan(solution, None)
     joint = Rematerialize(solution=solution)(prepared.captured.joint).graph_module
@@ -92,24 +93,18 @@ def _no_other_shapes(*_: Any, **__: Any) -> PlannedModule:
     raise ImplementationError("a module that was planned for a check runs on the checked inputs alone")
 
 
-def _everywhere(problem: Problem) -> tuple[Schedule, int]:
-    """All encoders in the forward, each decoded operand made again before its first use in the backward, all alternatives."""
-    behind: dict[int, list[int]] = {}
-    for p in problem.encoders:
-        behind.setdefault(max(problem.producers[s][0] for s in problem.operators[p].inputs if problem.producers[s]), []).append(
-            p
-        )
-    codes = {s for p in problem.encoders for s in problem.operators[p].outputs}
-    decoders = {problem.operators[p].outputs[0]: p for p in problem.variants if codes.intersection(problem.operators[p].inputs)}
-    steps, places = [], 0
-    for index in range(problem.num_program):
-        operator = problem.operators[index]
+def _everywhere(lowered: Lowered) -> tuple[Schedule, int]:
+    """All encoders in the forward, each operand that can be made otherwise so made before its first use in the backward, all
+    alternatives."""
+    problem = lowered.problem
+    offered = (p for p in problem.variants if lowered.nodes[p].meta.get("fxmem_offers") == "variant")
+    makers = {problem.operators[p].outputs[0]: p for p in offered}
+    steps, places = list(compile_problem(problem).forward), 0
+    for index in problem.backward:
         run = problem.alternatives.get(index, (index,))[0]
-        if index >= problem.num_forward:
-            again = [decoders.pop(s) for s in operator.inputs if s in decoders]
-            places += len(again) + (run != index)
-            steps += again
-        steps += [run, *behind.get(index, ())]
+        again = [makers.pop(s) for s in problem.operators[index].inputs if s in makers]
+        places += len(again) + (run != index)
+        steps += [*again, run]
     return Schedule(tuple(steps)), places
 
 

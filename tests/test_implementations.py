@@ -26,7 +26,12 @@ def test_every_implementation_has_a_case_here():
 @pytest.mark.parametrize("name", CASES)
 def test_gradients_and_bytes_are_as_promised(name, dtype):
     torch.manual_seed(0)
-    found = fxmem.check_implementation(name, CASES[name]().to(dtype), (images(dtype),))
+    module = CASES[name]().to(dtype)
+    if name == "batch_norm_statistics" and dtype is torch.bfloat16:
+        with pytest.raises(ImplementationError, match="applies nowhere"):  # its statistics are rounded to bfloat16
+            fxmem.check_implementation(name, module, (images(dtype),))
+        return
+    found = fxmem.check_implementation(name, module, (images(dtype),))
     assert found.places >= 1 and found.measured_peak_bytes <= found.predicted_peak_bytes
     assert found.is_bitwise or IMPLEMENTATIONS[name].exactness == "accurate"
 
@@ -59,7 +64,7 @@ def test_other_layouts(name, layout):
         "transposed": x.transpose(2, 3),
         "empty": x[:0],
     }[layout].requires_grad_()
-    module = CASES[name]()
+    module = nn.Sequential(CASES[name](), nn.Flatten())
     try:
         planned, _ = force(name, copy.deepcopy(module), (x,), {})
     except fxmem.CaptureError as error:
@@ -79,14 +84,14 @@ def test_infinities_and_nan(name, value):
 @pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 1000, bits.CHUNK + 5, 2 * bits.CHUNK])
 def test_bits(count):
     x, gradient = torch.randn(count) * 4, torch.randn(count)
-    above = bits.pack_above(x, 0)
+    above = bits.pack_above(x, [1], 0)
     assert above.numel() == -(-count // 8)
-    assert torch.equal(bits.keep_where(gradient, above), aten.threshold_backward(gradient, x, 0))
-    inside = hardtanh.pack_inside(x, -1.0, 2.0)
-    assert torch.equal(bits.keep_where(gradient, inside), aten.hardtanh_backward(gradient, x, -1.0, 2.0))
-    positive = relu.pack_positive(x)
-    assert torch.equal(relu.scale_elsewhere(gradient, positive, 0.1), aten.leaky_relu_backward(gradient, x, 0.1, False))
-    assert torch.equal(bits.unpack_mask(bits.pack_mask(x > 1), [count], [1]), x > 1)
+    assert torch.equal(bits.keep_where(gradient, above, [1]), aten.threshold_backward(gradient, x, 0))
+    inside = hardtanh.pack_inside(x, [1], -1.0, 2.0)
+    assert torch.equal(bits.keep_where(gradient, inside, [1]), aten.hardtanh_backward(gradient, x, -1.0, 2.0))
+    positive = relu.pack_positive(x, [1])
+    assert torch.equal(relu.scale_elsewhere(gradient, positive, [1], 0.1), aten.leaky_relu_backward(gradient, x, 0.1, False))
+    assert torch.equal(bits.unpack_mask(bits.pack_mask(x > 1, [1]), [count], [1]), x > 1)
 
 
 @pytest.mark.parametrize("kernel", [[3, 3], [2, 2], [1, 3], [5, 4]])
@@ -169,7 +174,7 @@ def test_an_inaccurate_gradient_is_caught(registered):
 def test_one_that_fails_is_named(registered):
     @registered("broken", aten.tanh_backward.default)
     def broken(node):
-        return Choice(encode=Call(bits.pack_mask, (node.args[1], 3)))
+        return Choice(encode=Call(bits.pack_mask, (node.args[1], "3")))
 
     with pytest.raises(ImplementationError, match="implementation 'broken' fails on node 'layers_0_tanh_backward'"):
         transform(Between(nn.Tanh()), (images(),))
@@ -207,3 +212,15 @@ def test_the_pass_offers_beside_the_graph():
     assert set(offered) == {"encoder", "alternative"} and not offered["alternative"].users
     assert [n.name for n in joint.graph.nodes if "fxmem_offers" not in n.meta] == program
     assert CODE not in offered["alternative"].args
+
+
+def test_bits_keep_their_order_when_a_kernel_lays_its_result_out_otherwise():
+    """Fake tensors may promise another format than kernels give for operands in two formats."""
+    x, gradient = (torch.randn(2, 3, 5, 4).contiguous(memory_format=torch.channels_last) for _ in range(2))
+    stride, expected = list(x.stride()), aten.threshold_backward(gradient, x, 0)
+    code = bits.pack_above(x.contiguous(), stride, 0)
+    assert torch.equal(code, bits.pack_above(x, stride, 0))
+    for values in (gradient, gradient.contiguous()):
+        kept = bits.keep_where(values, code, stride)
+        assert torch.equal(kept, expected) and list(kept.stride()) == stride
+        assert torch.equal(torch.ops.fxmem.keep_where_(values.clone(), code, stride), expected)

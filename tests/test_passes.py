@@ -277,6 +277,8 @@ def _arguments(target, values, dtype) -> list:
             given.append(values > 0)
         elif kind == "Tensor" and argument.name == "bits":
             given.append(torch.randint(0, 256, (-(-values.numel() // 8),), dtype=torch.uint8))
+        elif argument.name == "stride":
+            given.append(list(values.stride()))
         elif kind == "Tensor":
             given.append((torch.randn(values.shape) * 2).to(dtype))
         else:

@@ -6,15 +6,17 @@ kept and recomputed.
 
 relu       ReLU and leaky ReLU from a bit, from the input, from the output
 hardtanh   hardtanh and ReLU6 from a bit, from the output
+batch_norm   again from the statistics that are kept
 convolution   the input's gradient without the input
 max_pool   from the indices alone, from a byte
 dropout    the mask as bits
 """
 
-from . import convolution, dropout, hardtanh, max_pool, relu
+from . import batch_norm, convolution, dropout, hardtanh, max_pool, relu
 from .base import CODE, IMPLEMENTATIONS, Call, Choice, Implementation, choose_implementations, register_implementation
 
 __all__ = [
-    "CODE", "IMPLEMENTATIONS", "Call", "Choice", "Implementation", "choose_implementations", "convolution", "dropout",
+    "CODE", "IMPLEMENTATIONS", "Call", "Choice", "Implementation", "batch_norm", "choose_implementations", "convolution",
+    "dropout",
     "hardtanh", "max_pool", "register_implementation", "relu",
 ]  # fmt: skip

@@ -36,7 +36,7 @@ class Choice:
     backward: runs in its place, and makes the same value; of an operator with a tuple of results, the one that `result` takes
         out, which has to be the only one that is used. encode: makes CODE from what one forward operator makes; None where
     `backward` reads nothing that the graph does not hold anyway. decode: makes an operand of the operator, the node `decoded`,
-    again from CODE.
+    again, from CODE or from what is kept anyway.
     """
 
     backward: Call | None = None

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 
 from ..cost.base import OpCall
-from .operators import chunks, define, define_inplace, flat
+from .operators import chunks, define, define_inplace, flat, laid_out
 
 CHUNK = 1 << 18  # elements; a multiple of 8
 GPU_CHUNK = 1 << 24
@@ -22,9 +22,12 @@ EVERY = sum(1 << 8 * i for i in range(8))  # the lowest bit of each byte
 TABLE_BYTES = 3 * 256 * 8 * 8  # while a table is made
 
 
-def pack(x: torch.Tensor, test: Callable[[torch.Tensor], torch.Tensor], *, inverted: bool = False) -> torch.Tensor:
-    """Bits of `test(piece)`, which gives a new bool tensor, over all pieces of a dense tensor; or of its opposite."""
-    elements = flat(x)
+def pack(
+    x: torch.Tensor, stride: list[int], test: Callable[[torch.Tensor], torch.Tensor], *, inverted: bool = False
+) -> torch.Tensor:
+    """Bits of `test(piece)`, which gives a new bool tensor, over all pieces of a dense tensor in the order that `stride` gives;
+    or of its opposite."""
+    elements = flat(laid_out(x, stride))
     bits = torch.empty(packed_bytes(x), dtype=torch.uint8, device=x.device)
     for begin, end in chunks(elements.numel(), _chunk(x)):
         mask = test(elements[begin:end])
@@ -51,15 +54,18 @@ def unpack(bits: torch.Tensor, begin: int, end: int, rows: torch.Tensor) -> torc
 def merge(
     values: torch.Tensor,
     bits: torch.Tensor,
+    stride: list[int],
     combine: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], object],
     inplace: bool = False,
 ) -> torch.Tensor:
-    """A new tensor like dense `values`, or those themselves; combine(ones and zeros, values, out) fills each piece of it."""
+    """A new tensor like `values` with `stride`, in whose order the bits are, or those themselves; combine(ones and zeros, values,
+    out) fills each piece of it."""
+    given, values = values, laid_out(values, stride)
     made = values if inplace else torch.empty_like(values)
     source, target, rows = flat(values), flat(made), table(values.dtype, values.device)
     for begin, end in chunks(source.numel(), _chunk(values)):
         combine(unpack(bits, begin, end, rows), source[begin:end], target[begin:end])
-    return made
+    return given.copy_(made) if inplace and given is not made else made
 
 
 def packed_bytes(x: torch.Tensor) -> int:
@@ -90,23 +96,23 @@ def _meta_bits(x: torch.Tensor, *_) -> torch.Tensor:
     return torch.empty(packed_bytes(x), dtype=torch.uint8, device=x.device)
 
 
-def _like(values: torch.Tensor, *_) -> torch.Tensor:
-    return torch.empty_like(values)
+def _like(values: torch.Tensor, bits: torch.Tensor, stride: list[int], *_) -> torch.Tensor:
+    return torch.empty_strided(values.shape, stride, dtype=values.dtype, device=values.device)
 
 
-def _pack_mask(mask: torch.Tensor) -> torch.Tensor:
-    return pack(mask, torch.clone)
+def _pack_mask(mask: torch.Tensor, stride: list[int]) -> torch.Tensor:
+    return pack(mask, stride, torch.clone)
 
 
-def _pack_above(x: torch.Tensor, threshold: float) -> torch.Tensor:
+def _pack_above(x: torch.Tensor, stride: list[int], threshold: float) -> torch.Tensor:
     """1 but where x <= threshold: NaN counts as above, as in `threshold_backward`."""
-    return pack(x, lambda piece: torch.le(piece, threshold), inverted=True)
+    return pack(x, stride, lambda piece: torch.le(piece, threshold), inverted=True)
 
 
-def _keep_where(values: torch.Tensor, bits: torch.Tensor, inplace: bool = False) -> torch.Tensor:
+def _keep_where(values: torch.Tensor, bits: torch.Tensor, stride: list[int], inplace: bool = False) -> torch.Tensor:
     """Values where the bit is set, else 0."""
     keep = torch.ops.aten.threshold_backward.grad_input
-    return merge(values, bits, lambda mask, piece, out: keep(piece, mask, 0, grad_input=out), inplace)
+    return merge(values, bits, stride, lambda mask, piece, out: keep(piece, mask, 0, grad_input=out), inplace)
 
 
 def _unpack_mask(bits: torch.Tensor, size: list[int], stride: list[int]) -> torch.Tensor:
@@ -117,9 +123,9 @@ def _unpack_mask(bits: torch.Tensor, size: list[int], stride: list[int]) -> torc
     return mask
 
 
-pack_mask = define("pack_mask(Tensor mask) -> Tensor", _pack_mask, _meta_bits, pack_workspace)
-pack_above = define("pack_above(Tensor x, Scalar threshold) -> Tensor", _pack_above, _meta_bits, pack_workspace)
-keep_where = define("keep_where(Tensor values, Tensor bits) -> Tensor", _keep_where, _like, unpack_workspace)
+pack_mask = define("pack_mask(Tensor mask, int[] stride) -> Tensor", _pack_mask, _meta_bits, pack_workspace)
+pack_above = define("pack_above(Tensor x, int[] stride, Scalar threshold) -> Tensor", _pack_above, _meta_bits, pack_workspace)
+keep_where = define("keep_where(Tensor values, Tensor bits, int[] stride) -> Tensor", _keep_where, _like, unpack_workspace)
 unpack_mask = define(
     "unpack_mask(Tensor bits, int[] size, int[] stride) -> Tensor",
     _unpack_mask,
@@ -127,5 +133,7 @@ unpack_mask = define(
     unpack_workspace,
 )
 define_inplace(
-    keep_where, "keep_where_(Tensor(a!) values, Tensor bits) -> Tensor(a!)", functools.partial(_keep_where, inplace=True)
+    keep_where,
+    "keep_where_(Tensor(a!) values, Tensor bits, int[] stride) -> Tensor(a!)",
+    functools.partial(_keep_where, inplace=True),
 )

@@ -18,5 +18,6 @@ def dropout_bits(node: fx.Node) -> Choice | None:
     value = mask.meta["val"]
     if value.dtype is not torch.bool or not is_dense(value):
         return None
-    decode = Call(unpack_mask, (CODE, list(value.shape), list(value.stride())))
-    return Choice(encode=Call(pack_mask, (mask,)), decode=decode, decoded=mask)
+    stride = list(value.stride())
+    decode = Call(unpack_mask, (CODE, list(value.shape), stride))
+    return Choice(encode=Call(pack_mask, (mask, stride)), decode=decode, decoded=mask)

@@ -18,7 +18,8 @@ def hardtanh_bits(node: fx.Node) -> Choice | None:
     gradient, x, low, high = node.args
     if not alike(gradient.meta["val"], x.meta["val"]):
         return None
-    return Choice(encode=Call(pack_inside, (x, low, high)), backward=Call(keep_where, (gradient, CODE)))
+    stride = list(x.meta["val"].stride())
+    return Choice(encode=Call(pack_inside, (x, stride, low, high)), backward=Call(keep_where, (gradient, CODE, stride)))
 
 
 @register_implementation("hardtanh_output", aten.hardtanh_backward.default)
@@ -32,17 +33,17 @@ def hardtanh_output(node: fx.Node) -> Choice | None:
     return Choice(backward=Call(node.target, (gradient, result, low, high)))
 
 
-def _pack_inside(x: torch.Tensor, low: float, high: float) -> torch.Tensor:
+def _pack_inside(x: torch.Tensor, stride: list[int], low: float, high: float) -> torch.Tensor:
     """1 where low < x < high. NaN: as in `hardtanh_backward`, whose vectors on the CPU count it as outside (the few elements
     beyond the last vector do not), whereas CUDA counts it as inside."""
     if x.device.type == "cpu":
-        return pack(x, lambda piece: torch.gt(piece, low).logical_and_(torch.lt(piece, high)))
-    return pack(x, lambda piece: torch.le(piece, low).logical_or_(torch.ge(piece, high)), inverted=True)
+        return pack(x, stride, lambda piece: torch.gt(piece, low).logical_and_(torch.lt(piece, high)))
+    return pack(x, stride, lambda piece: torch.le(piece, low).logical_or_(torch.ge(piece, high)), inverted=True)
 
 
 pack_inside = define(
-    "pack_inside(Tensor x, Scalar low, Scalar high) -> Tensor",
+    "pack_inside(Tensor x, int[] stride, Scalar low, Scalar high) -> Tensor",
     _pack_inside,
-    lambda x, low, high: torch.empty(packed_bytes(x), dtype=torch.uint8, device=x.device),
+    lambda x, *_: torch.empty(packed_bytes(x), dtype=torch.uint8, device=x.device),
     pack_workspace,
 )

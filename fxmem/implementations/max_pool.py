@@ -69,6 +69,7 @@ def _images(indices: torch.Tensor) -> int:
 
 
 def _offsets_in_window(indices, width, kernel, stride, padding, dilation) -> torch.Tensor:
+    indices = indices.contiguous()  # as it was planned: no copy
     offsets = torch.empty_like(indices, dtype=torch.uint8)
     corners = _corners(indices.shape, width, stride, padding, indices.device)
     steps = _steps(width, kernel, dilation, indices.device)

@@ -59,6 +59,14 @@ def alike(*tensors: torch.Tensor) -> bool:
     return all(is_dense(t) and t.shape == first.shape and t.stride() == first.stride() for t in tensors)
 
 
+def laid_out(tensor: torch.Tensor, stride: list[int]) -> torch.Tensor:
+    """The tensor itself where it lies in memory as it was planned to, else a copy that does: what fake tensors say of strides
+    is not always what a kernel makes of operands in two formats."""
+    if all(n < 2 or found == planned for n, found, planned in zip(tensor.shape, tensor.stride(), stride, strict=True)):
+        return tensor
+    return torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+
+
 def flat(tensor: torch.Tensor) -> torch.Tensor:
     """A dense tensor's elements in the order in which they lie in memory."""
     return tensor.as_strided((tensor.numel(),), (1,))

@@ -20,7 +20,8 @@ def relu_bits(node: fx.Node) -> Choice | None:
     gradient, result, threshold = node.args
     if not alike(gradient.meta["val"], result.meta["val"]):
         return None
-    return Choice(encode=Call(pack_above, (result, threshold)), backward=Call(keep_where, (gradient, CODE)))
+    stride = list(result.meta["val"].stride())
+    return Choice(encode=Call(pack_above, (result, stride, threshold)), backward=Call(keep_where, (gradient, CODE, stride)))
 
 
 @register_implementation("relu_input", aten.threshold_backward.default)
@@ -38,7 +39,8 @@ def leaky_relu_bits(node: fx.Node) -> Choice | None:
     gradient, x, slope = node.args[:3]
     if not alike(gradient.meta["val"], x.meta["val"]):
         return None
-    return Choice(encode=Call(pack_positive, (x,)), backward=Call(scale_elsewhere, (gradient, CODE, slope)))
+    stride = list(x.meta["val"].stride())
+    return Choice(encode=Call(pack_positive, (x, stride)), backward=Call(scale_elsewhere, (gradient, CODE, stride, slope)))
 
 
 @register_implementation("leaky_relu_output", aten.leaky_relu_backward.default)
@@ -51,30 +53,32 @@ def leaky_relu_output(node: fx.Node) -> Choice | None:
     return Choice(backward=Call(node.target, (gradient, result, slope, True)))
 
 
-def _pack_positive(x: torch.Tensor) -> torch.Tensor:
-    return pack(x, lambda piece: torch.gt(piece, 0))
+def _pack_positive(x: torch.Tensor, stride: list[int]) -> torch.Tensor:
+    return pack(x, stride, lambda piece: torch.gt(piece, 0))
 
 
-def _scale_elsewhere(values: torch.Tensor, bits: torch.Tensor, scale: float, inplace: bool = False) -> torch.Tensor:
+def _scale_elsewhere(
+    values: torch.Tensor, bits: torch.Tensor, stride: list[int], scale: float, inplace: bool = False
+) -> torch.Tensor:
     """Values where the bit is set, else values times scale."""
     combine = aten.leaky_relu_backward.grad_input
-    return merge(values, bits, lambda mask, piece, out: combine(piece, mask, scale, False, grad_input=out), inplace)
+    return merge(values, bits, stride, lambda mask, piece, out: combine(piece, mask, scale, False, grad_input=out), inplace)
 
 
 pack_positive = define(
-    "pack_positive(Tensor x) -> Tensor",
+    "pack_positive(Tensor x, int[] stride) -> Tensor",
     _pack_positive,
-    lambda x: torch.empty(packed_bytes(x), dtype=torch.uint8, device=x.device),
+    lambda x, stride: torch.empty(packed_bytes(x), dtype=torch.uint8, device=x.device),
     pack_workspace,
 )
 scale_elsewhere = define(
-    "scale_elsewhere(Tensor values, Tensor bits, float scale) -> Tensor",
+    "scale_elsewhere(Tensor values, Tensor bits, int[] stride, float scale) -> Tensor",
     _scale_elsewhere,
-    lambda values, bits, scale: torch.empty_like(values),
+    lambda values, bits, stride, scale: torch.empty_strided(values.shape, stride, dtype=values.dtype, device=values.device),
     unpack_workspace,
 )
 define_inplace(
     scale_elsewhere,
-    "scale_elsewhere_(Tensor(a!) values, Tensor bits, float scale) -> Tensor(a!)",
+    "scale_elsewhere_(Tensor(a!) values, Tensor bits, int[] stride, float scale) -> Tensor(a!)",
     functools.partial(_scale_elsewhere, inplace=True),
 )
