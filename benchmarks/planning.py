@@ -2,8 +2,8 @@
 
 `python -m benchmarks.planning` plans the models of `benchmarks.solvers` on meta tensors, one process for each, and stores
 what it prints. Capture is timed beside Dynamo and AOTAutograd alone on the same module (which it calls), twice in turns,
-the faster of each. `--long` also solves with ten minutes' limit, which lets the search go on ten times as long without finding
-anything better.
+the faster of each. `--long` also solves with ten minutes' limit, which lets the search go on ten times as long
+without finding anything better.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ class Row:
     is there (passes, costs, the plain peak), and solving. peak_rss: of the whole, in bytes. long_extra_time: with --long."""
 
     model: str
+    device: str
+    budget: float
     operators: int
     torch_s: float
     capture_s: float
@@ -77,6 +79,8 @@ def plan_one(name: str, fraction: float, device: str, time_limit_s: float, long:
     longer = solve(problem, budget_bytes, time_limit_s=LONG_S) if long else None
     return Row(
         model=name,
+        device=device,
+        budget=fraction,
         operators=len(problem.operators),
         torch_s=min(torch_s),
         capture_s=min(capture_s),
@@ -109,13 +113,14 @@ def main(arguments: list[str] | None = None) -> int:
         print(json.dumps(asdict(plan_one(options.one, options.budget, options.device, options.time_limit, options.long))))
         return 0
     print(COLUMNS, flush=True)
-    stored = {r["model"]: r for r in json.loads(RESULTS.read_text())} if RESULTS.exists() else {}
+    rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    stored = {(r["model"], r["device"], r["budget"]): r for r in rows}
     for name in options.models.split(","):
         command = [sys.executable, "-m", "benchmarks.planning", *(arguments or sys.argv[1:]), "--one", name]
         printed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
         row = Row(**json.loads(printed.splitlines()[-1]))
         print(row.line, flush=True)
-        stored[name] = asdict(row)
+        stored[row.model, row.device, row.budget] = asdict(row)
         RESULTS.write_text(json.dumps(list(stored.values()), indent=1) + "\n")
     return 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -69,7 +70,7 @@ def check_implementation(
     measured_bytes = measure(planned, args, kwargs).peak_bytes
     values, expected = _values(planned, args, kwargs), _values(plain, args, kwargs)
     exact = _values(*_as_float64((copy.deepcopy(module), args, kwargs)))
-    bitwise = all(map(_same, values, expected))
+    bitwise = len(values) == len(expected) and all(map(_same, values, expected))
     found = ImplementationCheck(
         name, places, bitwise, _error(values, exact), _error(expected, exact), planned.plan.predicted_peak_bytes, measured_bytes
     )
@@ -138,10 +139,12 @@ def _same(value: torch.Tensor, expected: torch.Tensor) -> bool:
 
 
 def _error(values: list[torch.Tensor], exact: list[torch.Tensor]) -> float:
-    """The largest difference relative to each tensor's largest finite value."""
+    """The largest difference relative to each tensor's largest finite value; what is not finite has to be so in both."""
     worst = 0.0
     for value, right in zip(values, exact, strict=True):
         finite = right.isfinite() & value.isfinite()
+        if (right.isfinite() & value.isnan()).any():
+            return math.inf
         if finite.any():
             scale = right[finite].abs().max().item() or 1.0
             worst = max(worst, (value[finite].double() - right[finite].double()).abs().max().item() / scale)

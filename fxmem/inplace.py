@@ -1,4 +1,7 @@
-"""The forms in place of operators, by their targets: aten's own here, those of fxmem's operators where these are defined."""
+"""The forms in place of operators, by their targets: aten's own here, those of fxmem's operators where these are defined.
+
+Only forms whose kernel writes where it is told: some `out=` forms of PyTorch compute elsewhere and copy.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +49,6 @@ INPLACE_FORMS: dict[Any, InplaceForm] = {
     aten.elu_backward.default: InplaceForm(aten.elu_backward.grad_input, out="grad_input"),
     aten.silu_backward.default: InplaceForm(aten.silu_backward.grad_input, out="grad_input"),
     aten.gelu_backward.default: InplaceForm(aten.gelu_backward.grad_input, out="grad_input"),
-    aten.hardswish_backward.default: InplaceForm(aten.hardswish_backward.out, out="out"),
     aten.sigmoid_backward.default: InplaceForm(aten.sigmoid_backward.grad_input, out="grad_input"),
     aten.tanh_backward.default: InplaceForm(aten.tanh_backward.grad_input, out="grad_input"),
 }

@@ -105,9 +105,8 @@ def inplace_pair(
 
 
 def forward_length(problem: Problem, schedule: Schedule) -> int:
-    """How many steps the forward has: its operators, and encoders among and right after them."""
-    outside = (step for step, p in enumerate(schedule.steps) if p >= problem.num_forward and p not in problem.encoders)
-    return next(outside, len(schedule.steps))
+    """How many steps the forward has: up to its last operator, with the encoders among them. The rest is the backward's."""
+    return schedule.steps.index(problem.num_forward - 1) + 1 if problem.num_forward else 0
 
 
 def _check_order(problem: Problem, schedule: Schedule) -> None:

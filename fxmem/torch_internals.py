@@ -259,6 +259,15 @@ def spec_from_data(data: tuple | None) -> Any:
     return pytree.TreeSpec(kind, context, [spec_from_data(child) for child in children])
 
 
+def convolution_backends(x: Any, weight: Any, stride: Any, padding: Any, dilation: Any, groups: int, missing: Any, made: Any):
+    """The names of the kernels that PyTorch picks for a convolution of x, and for the transposed one that leads from `made`, a
+    tensor of its output's shape, back to x's shape, `missing` being its output padding."""
+    select = torch._C._select_conv_backend
+    there = select(x, weight, None, stride, padding, dilation, False, [0] * len(stride), groups, [weight.shape[0]])
+    back = select(made, weight, None, stride, padding, dilation, True, missing, groups, [weight.shape[1] * groups])
+    return there.name, "MkldnnTranspose" if back.name == "???" else back.name  # the one kernel that has no name in Python
+
+
 def suggested_format(tensor: torch.Tensor) -> torch.memory_format:
     """The memory format that PyTorch's own kernels read off the tensor's strides."""
     return torch._prims_common.suggest_memory_format(tensor)

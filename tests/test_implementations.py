@@ -1,6 +1,10 @@
 """Every implementation, forced wherever it applies, against the plain operator."""
 
 import copy
+import os
+import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -224,3 +228,96 @@ def test_bits_keep_their_order_when_a_kernel_lays_its_result_out_otherwise():
         kept = bits.keep_where(values, code, stride)
         assert torch.equal(kept, expected) and list(kept.stride()) == stride
         assert torch.equal(torch.ops.fxmem.keep_where_(values.clone(), code, stride), expected)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_an_input_gradient_comes_from_the_same_kernel_or_not_at_all(batch):
+    """PyTorch picks kernels by sizes: a transposed convolution may run by another one than the backward of the convolution."""
+    torch.manual_seed(0)
+    for channels, made, size, stride in ((16, 4, 64, 2), (4, 16, 64, 2), (3, 4, 9, 1), (8, 8, 20, 1)):
+        module = nn.Sequential(
+            nn.Conv2d(channels, made, 3, stride, 1), nn.ReLU(), nn.Conv2d(made, channels, 3, 1, 1), nn.ReLU()
+        )
+        x = torch.randn(batch, channels, size, size, requires_grad=True)
+        planned, _ = force("convolution_transposed", copy.deepcopy(module), (x,), {})
+        assert_same_steps(module, planned, (x,))
+
+
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [
+        ("hardtanh_bits", nn.Hardtanh(-1.05, 1.05)),
+        ("hardtanh_output", nn.Hardtanh(-1.05, 1.05)),
+        ("relu_bits", nn.Threshold(0.1, 0.1)),
+    ],
+)
+def test_a_threshold_that_half_precision_rounds_is_left_to_pytorch(name, layer):
+    module, x = Between(layer).bfloat16(), images(torch.bfloat16)
+    with pytest.raises(ImplementationError, match="applies nowhere"):
+        fxmem.check_implementation(name, module, (x,))
+    fxmem.check_implementation(name, Between(layer), (images(),))
+
+
+def test_the_default_slope():
+    assert fxmem.check_implementation("leaky_relu_output", Between(nn.LeakyReLU()), (images(),)).places == 1
+
+
+def test_what_nobody_can_encode_is_not_offered():
+    class Straight(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 2
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return aten.threshold_backward(gradient, torch.relu(gradient * 3), 0)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return Straight.apply(self.linear(x))
+
+    assert_drop_in(Model(), (torch.randn(3, 4),))
+
+
+def test_a_gradient_of_nan_is_caught(registered):
+    @registered("tanh_nan", aten.tanh_backward.default, exactness="accurate")
+    def tanh_nan(node):
+        return Choice(backward=Call(aten.mul.Tensor, (node.args[0], float("nan"))))
+
+    with pytest.raises(ImplementationError, match="'tanh_nan' is wrong: its error against float64 is inf"):
+        fxmem.check_implementation("tanh_nan", Between(nn.Tanh()), (images(),))
+
+
+def test_keyword_arguments_reach_the_operator(registered):
+    @registered("gelu_again", aten.gelu_backward.default)
+    def gelu_again(node):
+        return Choice(backward=Call(node.target, node.args, node.kwargs))
+
+    assert fxmem.check_implementation("gelu_again", Between(nn.GELU(approximate="tanh")), (images(),)).is_bitwise
+
+
+def test_a_name_that_is_not_bitwise_needs_leave(registered):
+    registered("tanh_rough", aten.tanh_backward.default, exactness="accurate")(lambda node: None)
+    with pytest.raises(ImplementationError, match="'tanh_rough' is not bitwise; ask for exactness='accurate'"):
+        choose_implementations(("tanh_rough",), "bitwise")
+
+
+def test_a_pickled_plan_runs_in_a_new_process(tmp_path):
+    planned, _ = force("relu_bits", MODULE_FOR_PICKLE, (torch.randn(2, 4, requires_grad=True),), {})
+    (tmp_path / "planned").write_bytes(pickle.dumps(planned))
+    script = (
+        "import pickle, sys, torch; planned = pickle.load(open(sys.argv[1], 'rb'));"
+        "planned(torch.randn(2, 4).requires_grad_()).sum().backward()"
+    )
+    subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "planned")],
+        check=True,
+        env=dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)),
+    )
+
+
+MODULE_FOR_PICKLE = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))

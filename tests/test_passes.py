@@ -15,7 +15,7 @@ from fxmem.inplace import INPLACE_FORMS
 from fxmem.lowering import lower
 from fxmem.passes import Costs, Liveness, MarkRegions, MatchEager, NameNodes, Rematerialize, ShapeProp, UpdateBuffers
 from fxmem.schedule import plain_schedule, simulate
-from fxmem.torch_internals import FakeTensorMode
+from fxmem.torch_internals import FakeTensorMode, cpu_memory_events
 
 aten = torch.ops.aten
 KB4 = 4 * 1024
@@ -296,3 +296,13 @@ def test_forms_in_place_are_bitwise(target, dtype):
     written = form.target(*arguments, **({form.out: arguments[0]} if form.out else {}))
     assert written.data_ptr() == arguments[0].data_ptr()
     assert torch.equal(expected, arguments[0])
+
+
+@pytest.mark.parametrize("target", INPLACE_FORMS, ids=str)
+def test_forms_in_place_allocate_nothing_of_their_size(target):
+    form, values = INPLACE_FORMS[target], torch.randn(1 << 20)
+    arguments = _arguments(target, values, values.dtype)
+    _, events = cpu_memory_events(lambda: form.target(*arguments, **({form.out: arguments[0]} if form.out else {})))
+    running = [sum(events[: i + 1]) for i in range(len(events))]
+    copies = values.nbytes if "dropout" in str(target) else 0  # the mask, as noise in the values' type
+    assert max(running, default=0) <= copies + (3 << 19)

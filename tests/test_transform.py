@@ -424,3 +424,22 @@ def test_several_budgets_and_devices_from_one_capture(monkeypatch):
         fxmem.plans(ConvNet(), args, budgets=(0.5, 1.5))
     with pytest.raises(fxmem.CostError, match="one cost model"):
         fxmem.plans(ConvNet(), args, budgets=(0.5,), costs=())
+
+
+def test_what_runs_behind_the_forward_is_of_the_backward():
+    """Stage 0 may recompute before any backward operator ran: a dropout there must not draw anew."""
+
+    class Heads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.drop = nn.Linear(8, 64), nn.Dropout(0.5)
+            self.heads = nn.ModuleList(nn.Linear(64, 16) for _ in range(3))
+
+        def forward(self, x):
+            h = self.drop(self.stem(x))
+            return torch.cat([head(h) for head in self.heads], 1)
+
+    x = torch.randn(256, 8)
+    for options in ({}, {"implementations": ()}):
+        planned = assert_drop_in(Heads(), (x,), budget=0.9, cost="V100", **options)
+        assert fxmem.measure(planned, (x,)).peak_bytes <= planned.plan.budget_bytes

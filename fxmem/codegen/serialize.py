@@ -7,6 +7,7 @@ and a new trace, which loses metadata and boxed arguments.
 from __future__ import annotations
 
 import functools
+import importlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,4 +93,6 @@ def _decode(part: Any, nodes: dict[str, fx.Node]) -> Any:
 def _operator(name: str) -> Any:
     """torch.ops.aten.add.Tensor from "aten::add.Tensor"."""
     namespace, rest = name.split("::")
+    if namespace == "fxmem":
+        importlib.import_module("fxmem.implementations")  # defines them, in a process that has only unpickled so far
     return functools.reduce(getattr, rest.split("."), getattr(torch.ops, namespace))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx
@@ -27,6 +27,7 @@ class Call:
 
     target: Any
     args: tuple
+    kwargs: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -106,4 +107,9 @@ def choose_implementations(names: Sequence[str] | None, exactness: str) -> tuple
     if names is not None and not given:
         asked = set()
     allowed = EXACTNESS[: EXACTNESS.index(exactness) + 1]
+    barred = [n for n in given if not n.startswith("-") and IMPLEMENTATIONS[n].exactness not in allowed]
+    if barred:
+        raise ImplementationError(
+            f"implementations={names!r}: {barred[0]!r} is not bitwise; ask for exactness='accurate' to allow it"
+        )
     return tuple(i for n, i in IMPLEMENTATIONS.items() if n in asked - left_out and i.exactness in allowed)

@@ -58,8 +58,8 @@ def merge(
     combine: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], object],
     inplace: bool = False,
 ) -> torch.Tensor:
-    """A new tensor like `values` with `stride`, in whose order the bits are, or those themselves; combine(ones and zeros, values,
-    out) fills each piece of it."""
+    """A new tensor like `values` with `stride`, in whose order the bits are, or those themselves; combine(ones and zeros,
+    values, out) fills each piece of it."""
     given, values = values, laid_out(values, stride)
     made = values if inplace else torch.empty_like(values)
     source, target, rows = flat(values), flat(made), table(values.dtype, values.device)
@@ -75,17 +75,19 @@ def packed_bytes(x: torch.Tensor) -> int:
 
 def pack_workspace(call: OpCall) -> int:
     """A piece's bools twice."""
-    return 2 * _padded(call.inputs[0])
+    return 2 * _padded(call.inputs[0], call)
 
 
 def unpack_workspace(call: OpCall) -> int:
     """A piece's mask in the values' type, the bytes that it comes from as indices, and the table."""
     out = call.outputs[0]
-    return _padded(out) * out.element_size() + _padded(out) // 2 + TABLE_BYTES
+    return _padded(out, call) * out.element_size() + _padded(out, call) // 2 + TABLE_BYTES
 
 
-def _padded(x: torch.Tensor) -> int:
-    return -(-min(x.numel(), _chunk(x)) // 8) * 8
+def _padded(x: torch.Tensor, call: OpCall) -> int:
+    """Elements of a piece, a multiple of 8."""
+    chunk = _chunk(x) if call.on_gpu is None else GPU_CHUNK if call.on_gpu else CHUNK
+    return -(-min(x.numel(), chunk) // 8) * 8
 
 
 def _chunk(x: torch.Tensor) -> int:

@@ -7,7 +7,7 @@ from torch import fx
 
 from .base import CODE, Call, Choice, register_implementation
 from .bits import keep_where, pack, pack_workspace, packed_bytes
-from .operators import alike, define
+from .operators import alike, define, is_exact
 
 aten = torch.ops.aten
 
@@ -16,7 +16,8 @@ aten = torch.ops.aten
 def hardtanh_bits(node: fx.Node) -> Choice | None:
     """A bit for each element, inside or not."""
     gradient, x, low, high = node.args
-    if not alike(gradient.meta["val"], x.meta["val"]):
+    value = x.meta["val"]
+    if not alike(gradient.meta["val"], value) or not is_exact(value.dtype, low, high):
         return None
     stride = list(x.meta["val"].stride())
     return Choice(encode=Call(pack_inside, (x, stride, low, high)), backward=Call(keep_where, (gradient, CODE, stride)))
@@ -28,7 +29,7 @@ def hardtanh_output(node: fx.Node) -> Choice | None:
     gradient, x, low, high = node.args
     original = x.args[0] if x.target is aten.clone.default else x  # the in-place form keeps a copy
     result = next((u for u in original.users if u.target is aten.hardtanh.default and u.args[1:] == (low, high)), None)
-    if result is None or result.meta["val"].stride() != x.meta["val"].stride():
+    if result is None or not is_exact(x.meta["val"].dtype, low, high) or result.meta["val"].stride() != x.meta["val"].stride():
         return None
     return Choice(backward=Call(node.target, (gradient, result, low, high)))
 

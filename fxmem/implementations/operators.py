@@ -59,6 +59,11 @@ def alike(*tensors: torch.Tensor) -> bool:
     return all(is_dense(t) and t.shape == first.shape and t.stride() == first.stride() for t in tensors)
 
 
+def is_exact(dtype: torch.dtype, *thresholds: float) -> bool:
+    """Whether no kernel has to round these numbers: in half precision, kernels do so in different ways."""
+    return dtype in (torch.float32, torch.float64) or all(torch.tensor(t, dtype=dtype).item() == t for t in thresholds)
+
+
 def laid_out(tensor: torch.Tensor, stride: list[int]) -> torch.Tensor:
     """The tensor itself where it lies in memory as it was planned to, else a copy that does: what fake tensors say of strides
     is not always what a kernel makes of operands in two formats."""

@@ -9,7 +9,7 @@ from torch import fx
 
 from .base import CODE, Call, Choice, register_implementation
 from .bits import keep_where, merge, pack, pack_above, pack_workspace, packed_bytes, unpack_workspace
-from .operators import alike, define, define_inplace
+from .operators import alike, define, define_inplace, is_exact
 
 aten = torch.ops.aten
 
@@ -18,7 +18,8 @@ aten = torch.ops.aten
 def relu_bits(node: fx.Node) -> Choice | None:
     """A bit for each element of the output."""
     gradient, result, threshold = node.args
-    if not alike(gradient.meta["val"], result.meta["val"]):
+    value = result.meta["val"]
+    if not alike(gradient.meta["val"], value) or not is_exact(value.dtype, threshold):
         return None
     stride = list(result.meta["val"].stride())
     return Choice(encode=Call(pack_above, (result, stride, threshold)), backward=Call(keep_where, (gradient, CODE, stride)))
@@ -47,7 +48,7 @@ def leaky_relu_bits(node: fx.Node) -> Choice | None:
 def leaky_relu_output(node: fx.Node) -> Choice | None:
     """The output, where something else keeps it: with a slope that is not negative it has the input's sign."""
     gradient, x, slope, is_result = node.args
-    result = next((u for u in x.users if u.target is aten.leaky_relu.default and u.args[1:] == (slope,)), None)
+    result = next((u for u in x.users if u.target is aten.leaky_relu.default and (u.args[1:] or (0.01,)) == (slope,)), None)
     if result is None or is_result or slope <= 0:
         return None
     return Choice(backward=Call(node.target, (gradient, result, slope, True)))

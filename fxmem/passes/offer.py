@@ -12,7 +12,7 @@ from torch import fx
 from ..errors import ImplementationError
 from ..graph_meta import StorageInfo, is_backward, require, source_of
 from ..implementations import CODE, Call, Choice, Implementation, choose_implementations
-from ..torch_internals import fake_mode_of
+from ..torch_internals import fake_mode_of, pytree
 from .base import Pass
 
 
@@ -47,6 +47,7 @@ class _Offers:
         self.graph = graph_module.graph
         self.infos: list[StorageInfo] = list(graph_module.meta["fxmem_storages"])
         self.alignment_bytes = graph_module.meta["fxmem_alignment_bytes"]
+        self.order = {node: place for place, node in enumerate(self.graph.nodes)}
         self.codes: dict[tuple, fx.Node] = {}
         self.decoded: set[tuple[fx.Node, fx.Node]] = set()
         self.added = False
@@ -60,17 +61,30 @@ class _Offers:
             raise ImplementationError(f"implementation {implementation.name!r} fails on {source_of(node)}: {error}") from error
 
     def _write(self, choice: Choice, node: fx.Node, implementation: Implementation) -> None:
+        if choice.encode and not self._encodes_forward(choice.encode):
+            return
         code = self._encoder(choice.encode, implementation) if choice.encode else None
         if choice.decode and (choice.decoded, code) not in self.decoded:
             self.decoded.add((choice.decoded, code))
             self._stand_in(choice.decode, choice.decoded, code, "variant", implementation)
-        if choice.backward:
+        if choice.backward and self._gradients(choice.backward) == self._gradients(Call(node.target, node.args, node.kwargs)):
             self._stand_in(choice.backward, choice.result or node, code, "alternative", implementation)
 
+    def _encodes_forward(self, call: Call) -> bool:
+        """Whether an encoder reads results of one forward operator, and what is there from the start."""
+        makers = {self.infos[s].node for n in _nodes(call) for s in n.meta["fxmem_storages"]}
+        made = [maker for maker in makers if maker.op == "call_function"]
+        return len(made) <= 1 and not any(map(is_backward, made))
+
+    def _gradients(self, call: Call) -> set[int]:
+        """The storages that the backward makes, of those that a call reads: an alternative has to read the same ones."""
+        read = {s for n in _nodes(call) for s in n.meta["fxmem_storages"]}
+        return {s for s in read if is_backward(self.infos[s].node)}
+
     def _encoder(self, call: Call, implementation: Implementation) -> fx.Node:
-        key = (call.target, repr(call.args))
+        key = (call.target, repr(call.args), repr(call.kwargs))
         if key not in self.codes:
-            source = next(a for a in call.args if isinstance(a, fx.Node))
+            source = max(_nodes(call), key=self._place)
             node = self._call(call, None, source, source, f"{source.name}_{implementation.name}")
             node.meta |= {"fxmem_offers": "encoder", "fxmem_storages": (len(self.infos),)}
             node.meta["fxmem_implementation"] = implementation.name
@@ -78,6 +92,9 @@ class _Offers:
             self.infos.append(StorageInfo(node, -(-size_bytes // self.alignment_bytes) * self.alignment_bytes))
             self.codes[key] = node
         return self.codes[key]
+
+    def _place(self, node: fx.Node) -> int:
+        return self.order[node]
 
     def _stand_in(self, call: Call, node: fx.Node, code: fx.Node | None, what: str, implementation: Implementation) -> None:
         after = code if what == "variant" and code is not None else node
@@ -91,15 +108,20 @@ class _Offers:
 
     def _call(self, call: Call, code: fx.Node | None, beside: fx.Node, after: fx.Node, name: str) -> fx.Node:
         """A node right after another one, of the module and region of `beside`."""
-        args = tuple(code if a is CODE else a for a in call.args)
+        args, kwargs = pytree.tree_map(lambda a: code if a is CODE else a, (call.args, dict(call.kwargs)))
         self.added = True
         with self.graph.inserting_after(_last_item(after)):
-            node = self.graph.create_node("call_function", call.target, args, {}, name)
-        values = fx.map_arg(args, lambda n: n.meta["val"])
-        with torch.no_grad(), fake_mode_of(values, allow_real=True):
-            value: Any = call.target(*values)
+            node = self.graph.create_node("call_function", call.target, args, kwargs, name)
+        values, named = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
+        with torch.no_grad(), fake_mode_of((values, named), allow_real=True):
+            value: Any = call.target(*values, **named)
         node.meta = {k: v for k, v in _maker(beside).meta.items() if k not in ("val", "fxmem_writes")} | {"val": value}
         return node
+
+
+def _nodes(call: Call) -> list[fx.Node]:
+    """The nodes among a call's arguments."""
+    return [leaf for leaf in pytree.tree_leaves((call.args, call.kwargs)) if isinstance(leaf, fx.Node)]
 
 
 def _maker(node: fx.Node) -> fx.Node:

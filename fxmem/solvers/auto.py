@@ -34,7 +34,12 @@ def auto(task: Task) -> Answer:
     """Ask the peers, search, bound, and prove where that is cheap."""
     compiled = compile_problem(task.problem)
     log: list[str] = []
-    task = replace(task, starts=(*task.starts, *_peers(task, compiled, log), *_plainly(task, log)))
+    task = replace(task, starts=(*task.starts, *_peers(task, compiled, log)))
+    plainly, interrupted = _plainly(task, log)
+    task = replace(task, starts=(*task.starts, *plainly))
+    if interrupted:
+        found = judge(task, task.starts)
+        return Answer(found and found[0], stopped=True, log=tuple(log))
     answer = search(task)
     log += answer.log
     unit_s = task.problem.plain_time_s or 1.0
@@ -56,20 +61,20 @@ def auto(task: Task) -> Answer:
     return Answer(found and found[0], bound, proven, answer.stopped, tuple(log))
 
 
-def _plainly(task: Task, log: list[str]) -> list[Schedule]:
-    """What the search finds without any implementations, in half of the time that is left at most."""
+def _plainly(task: Task, log: list[str]) -> tuple[list[Schedule], bool]:
+    """What the search finds without any implementations, in half of the time that is left at most; and whether somebody
+    interrupted it."""
     if not task.problem.encoders and not task.problem.alternatives:
-        return []
+        return [], False
     problem, kept = without_implementations(task.problem)
     if task.budget_bytes < least_possible_bytes(problem, compile_problem(problem)):
-        return []
+        return [], False
     now = time.monotonic()
     alone = replace(task, problem=problem, starts=(), deadline=now + (task.deadline - now) / 2)
     answer = search(alone, insist=False)
-    if answer.stopped and not alone.out_of_time:
-        raise KeyboardInterrupt
     log += (f"without implementations: {line}" for line in answer.log)
-    return [] if answer.schedule is None else [Schedule(tuple(kept[p] for p in answer.schedule.steps))]
+    found = [] if answer.schedule is None else [Schedule(tuple(kept[p] for p in answer.schedule.steps))]
+    return found, answer.stopped and not alone.out_of_time
 
 
 def _peers(task: Task, compiled: Compiled, log: list[str]) -> list[Schedule]:
