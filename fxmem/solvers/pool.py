@@ -47,7 +47,7 @@ class Pool:
         thread = threading.Thread(target=self._ask, args=(question, returned), daemon=True)
         if away:
             thread.start()
-        here = [anneal(run, deadline, progress) for run in (runs[::2] if away else runs)]
+        here = _anneal_all(runs[::2] if away else runs, deadline, progress)
         if not away:
             return here
         interrupted = any(i.stopped for i in here) and time.monotonic() < deadline
@@ -59,7 +59,7 @@ class Pool:
                 incumbent.stopped = True
         if len(returned) != len(away):
             self._stop()
-            returned = [] if interrupted else [anneal(run, deadline, progress) for run in away]
+            returned = [] if interrupted else _anneal_all(away, deadline, progress)
         if not returned:
             return here
         both = [*here, *returned]
@@ -97,6 +97,15 @@ class Pool:
             self.process = None
 
 
+def _anneal_all(runs: Sequence[Run], deadline: float, progress: Progress | None = None) -> list[Incumbent]:
+    """One run after the other; after one that was interrupted, none."""
+    found: list[Incumbent] = []
+    for run in runs:
+        interrupted = bool(found) and found[-1].stopped and time.monotonic() < deadline
+        found.append(Incumbent(stopped=True) if interrupted else anneal(run, deadline, progress))
+    return found
+
+
 def serve() -> None:
     """The second process: lists of runs with the seconds left for them come in, lists of incumbents go out, until the end."""
     source, sink = sys.stdin.buffer, os.fdopen(os.dup(sys.stdout.fileno()), "wb")
@@ -104,7 +113,7 @@ def serve() -> None:
         try:
             runs, left_s = pickle.load(source)
             deadline = time.monotonic() + left_s
-            pickle.dump([anneal(run, deadline) for run in runs], sink)
+            pickle.dump(_anneal_all(runs, deadline), sink)
             sink.flush()
         except (EOFError, OSError, KeyboardInterrupt):
             return
