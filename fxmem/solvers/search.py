@@ -21,7 +21,7 @@ from .segments import starting_states
 from .stages import Compiled, compile_problem
 from .state import State
 
-MOVES_X_STAGES, LEAST_MOVES, MOST_MOVES = 1_500_000, 2_000, 20_000
+MOVES_X_STAGES, LEAST_MOVES, MOST_MOVES = 1_500_000, 2_000, 10_000
 SEEDS = 2  # of a later round: one for each of two processes
 HOT, WARM, COOL = 5e-3, 1.5e-3, 5e-4  # temperatures at which runs begin, in fractions of the plain time
 REHEATS = (WARM, COOL)  # in turns
@@ -133,7 +133,7 @@ def _seeds(run: Run) -> list[Run]:
 
 
 def _varied(run: Run) -> list[Run]:
-    count = RUNS_X_STAGES // len(compile_problem(run.problem).stages)
+    count = min(len(FRESH), RUNS_X_STAGES // len(compile_problem(run.problem).stages))
     if run.problem.encoders:  # the step without implementations was searched before, and is among the starts
         count //= 2
     count = max(LEAST_RUNS, count)
