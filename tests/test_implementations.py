@@ -258,6 +258,19 @@ def test_a_threshold_that_half_precision_rounds_is_left_to_pytorch(name, layer):
     fxmem.check_implementation(name, Between(layer), (images(),))
 
 
+@pytest.mark.parametrize("padding", ["same", "valid"])
+def test_a_convolution_whose_numbers_stand_for_all_dimensions(padding):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Conv2d(3, 8, 3, padding=padding), nn.Parameter(torch.randn(4, 8, 3, 3))
+
+        def forward(self, x):
+            return nn.functional.conv2d(torch.relu(self.one(x)), self.two, stride=1, padding=padding)
+
+    assert_drop_in(Model(), (torch.randn(2, 3, 12, 12, requires_grad=True),))
+
+
 def test_the_default_slope():
     assert fxmem.check_implementation("leaky_relu_output", Between(nn.LeakyReLU()), (images(),)).places == 1
 

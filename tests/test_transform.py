@@ -86,6 +86,7 @@ def attend(y, **options):
 
 RANDOM = {
     "dropout": lambda y: F.dropout(y, 0.5),
+    "dropout of everything, then of some": lambda y: F.dropout(F.dropout(y, 1.0) + y, 0.5),
     "dropout in place": lambda y: F.dropout(y * 1, 0.5, inplace=True),
     "dropout of channels": lambda y: F.dropout1d(y, 0.5),
     "alpha dropout": lambda y: F.alpha_dropout(y, 0.5, True),

@@ -20,6 +20,7 @@ def convolution_transposed(node: fx.Node) -> Choice | None:
     """The transposed convolution of the output's gradient: the same kernel, from gradient and weight alone."""
     gradient, x, weight, _, stride, padding, dilation, transposed, _, groups, mask = node.args
     values = gradient.meta["val"], x.meta["val"], weight.meta["val"]
+    stride, padding, dilation = (list(p) * (values[1].dim() - 2 if len(p) == 1 else 1) for p in (stride, padding, dilation))
     contiguous = all(v.is_contiguous() for v in values)
     plain = contiguous or (groups == 1 and len(values[1]) > 1)  # of one image, strides do not tell the format
     item = next((u for u in node.users if u.target is operator.getitem and u.args[1] == 0), None)

@@ -9,12 +9,15 @@ from ..codegen.operators import dropout_apply, in_kernel_format
 from .base import Pass
 
 aten = torch.ops.aten
+NATIVE_DROPOUT = aten.native_dropout.default
 GROUP_NORMS = (aten.native_group_norm.default, aten.native_group_norm_backward.default)
 
 
 class MatchEager(Pass):
     """On the CPU the plain module's dropout multiplies by noise forward and backward alike, whereas the traced
     `native_dropout_backward` rounds differently in half precision (and copies the mask into the gradient's type).
+
+    A dropout of everything draws nothing in the plain module, where the traced one draws its mask.
 
     Batch norm's backward in training is handed the new running statistics, which it never reads: it is not handed them.
     Group norm reads the memory format off the strides, also off those of dimensions of size one, which fake operators choose
@@ -28,6 +31,7 @@ class MatchEager(Pass):
         for node in norms:
             node.args = (*node.args[:3], None, None, *node.args[5:])
         modified = self._same_dropout(graph_module) or bool(norms)
+        modified = self._no_draws(graph_module) or modified
         return self._same_formats(graph_module) or modified
 
     def _same_formats(self, graph_module: fx.GraphModule) -> bool:
@@ -43,6 +47,24 @@ class MatchEager(Pass):
                 formatted = graph_module.graph.call_function(in_kernel_format, (value,))
             formatted.meta = node.meta | {"val": value.meta["val"]}
             node.replace_input_with(value, formatted)
+        return bool(found)
+
+    def _no_draws(self, graph_module: fx.GraphModule) -> bool:
+        """A dropout that drops everything multiplies by zero and draws nothing, whereas `native_dropout` draws its mask."""
+        graph = graph_module.graph
+        found = [
+            n for n in graph.find_nodes(op="call_function", target=NATIVE_DROPOUT) if n.args[1] == 1 and n.args[2] is not False
+        ]
+        for node in found:
+            with graph.inserting_before(node):
+                nothing = graph.call_function(aten.mul.Scalar, (node.args[0], 0))
+                mask = graph.call_function(aten.zeros_like.default, (node.args[0],), {"dtype": torch.bool})
+            for made, value in zip((nothing, mask), node.meta["val"], strict=True):
+                made.meta = node.meta | {"val": value}
+            for item in list(node.users):
+                item.replace_all_uses_with((nothing, mask)[item.args[1]])
+                graph.erase_node(item)
+            graph.erase_node(node)
         return bool(found)
 
     def _same_dropout(self, graph_module: fx.GraphModule) -> bool:
