@@ -18,7 +18,6 @@ from .codegen.planned import PlannedModule, assemble, check_names
 from .cost import CostModel
 from .decisions import Frontier, Plan
 from .errors import BudgetError, CaptureError, CostError, InfeasibleBudgetError
-from .implementations import choose_implementations
 from .passes import Rematerialize
 from .prepared import Prepared, prepare
 from .schedule import Schedule
@@ -75,7 +74,6 @@ def transform(
         exactness=exactness,
         inplace=inplace,
     )
-    choose_implementations(implementations, exactness)
     module, args, kwargs = _example_call(module, example_inputs, example_kwargs)
     check_names(module)
     _warn_of_hooks(module)

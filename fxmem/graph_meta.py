@@ -22,6 +22,11 @@ class StorageInfo:
         return self.node.op in ("placeholder", "get_attr")
 
 
+def rounded(size_bytes: int, alignment_bytes: int) -> int:
+    """What an allocator that hands out multiples of alignment_bytes takes for a storage."""
+    return -(-size_bytes // alignment_bytes) * alignment_bytes
+
+
 def module_of(node: fx.Node) -> str:
     """The path of the user's module that the node, forward or backward, belongs to; "" at the root."""
     stack = node.meta.get("fwd_nn_module_stack") or node.meta.get("nn_module_stack") or {}

@@ -22,6 +22,13 @@ from fxmem.solvers.pool import Pool
 from fxmem.solvers.stages import compile_problem
 
 
+def _start(script: str, **environment: str) -> subprocess.Popen:
+    """A Python process of its own session that runs the script with the tests' imports."""
+    environment = dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path), **environment)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, "-c", script], env=environment, start_new_session=True, **pipes)
+
+
 def peak(problem, fraction):
     plain = simulate(problem, plain_schedule(problem)).peak_bytes
     return problem.fixed_bytes + int(fraction * (plain - problem.fixed_bytes))
@@ -83,13 +90,8 @@ def test_the_same_input_gives_the_same_schedule_in_two_processes():
         "solution = solve(problem, 2450000000);"
         "print(hashlib.sha256(repr(solution.schedule).encode()).hexdigest(), solution.status)"
     )
-    environment = dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path))
-    both = [
-        subprocess.Popen([sys.executable, "-c", script], env={**environment, "PYTHONHASHSEED": seed}, stdout=subprocess.PIPE)
-        for seed in ("1", "2")
-    ]
-    first, second = (process.communicate()[0] for process in both)
-    assert first == second and b"bound" in first
+    first, second = (process.communicate()[0] for process in [_start(script, PYTHONHASHSEED=seed) for seed in ("1", "2")])
+    assert first == second and "bound" in first
 
 
 def test_a_run_finds_the_same_in_the_second_process(monkeypatch):
@@ -172,9 +174,7 @@ def test_an_interrupted_process_ends_with_the_incumbent_or_cleanly(after_s):
         "solution = solve(problem, 643043952);"
         "print(solution.timeline.peak_bytes)"
     )
-    environment = dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path))
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen([sys.executable, "-c", script], env=environment, start_new_session=True, **pipes)
+    process = _start(script)
     assert process.stdout.readline() == "begin\n"
     time.sleep(after_s)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the second process too

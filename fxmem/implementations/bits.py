@@ -94,11 +94,13 @@ def _chunk(x: torch.Tensor) -> int:
     return GPU_CHUNK if x.device.type == "cuda" else CHUNK
 
 
-def _meta_bits(x: torch.Tensor, *_) -> torch.Tensor:
+def empty_bits(x: torch.Tensor, *_) -> torch.Tensor:
+    """Room for the bits of x, the result of packing it."""
     return torch.empty(packed_bytes(x), dtype=torch.uint8, device=x.device)
 
 
-def _like(values: torch.Tensor, bits: torch.Tensor, stride: list[int], *_) -> torch.Tensor:
+def empty_values(values: torch.Tensor, bits: torch.Tensor, stride: list[int], *_) -> torch.Tensor:
+    """Room for the result of a merge."""
     return torch.empty_strided(values.shape, stride, dtype=values.dtype, device=values.device)
 
 
@@ -125,9 +127,11 @@ def _unpack_mask(bits: torch.Tensor, size: list[int], stride: list[int]) -> torc
     return mask
 
 
-pack_mask = define("pack_mask(Tensor mask, int[] stride) -> Tensor", _pack_mask, _meta_bits, pack_workspace)
-pack_above = define("pack_above(Tensor x, int[] stride, Scalar threshold) -> Tensor", _pack_above, _meta_bits, pack_workspace)
-keep_where = define("keep_where(Tensor values, Tensor bits, int[] stride) -> Tensor", _keep_where, _like, unpack_workspace)
+pack_mask = define("pack_mask(Tensor mask, int[] stride) -> Tensor", _pack_mask, empty_bits, pack_workspace)
+pack_above = define("pack_above(Tensor x, int[] stride, Scalar threshold) -> Tensor", _pack_above, empty_bits, pack_workspace)
+keep_where = define(
+    "keep_where(Tensor values, Tensor bits, int[] stride) -> Tensor", _keep_where, empty_values, unpack_workspace
+)
 unpack_mask = define(
     "unpack_mask(Tensor bits, int[] size, int[] stride) -> Tensor",
     _unpack_mask,

@@ -6,7 +6,7 @@ import torch
 from torch import fx
 
 from .base import CODE, Call, Choice, register_implementation
-from .bits import keep_where, pack, pack_workspace, packed_bytes
+from .bits import empty_bits, keep_where, pack, pack_workspace
 from .operators import alike, define, is_exact
 
 aten = torch.ops.aten
@@ -45,6 +45,6 @@ def _pack_inside(x: torch.Tensor, stride: list[int], low: float, high: float) ->
 pack_inside = define(
     "pack_inside(Tensor x, int[] stride, Scalar low, Scalar high) -> Tensor",
     _pack_inside,
-    lambda x, *_: torch.empty(packed_bytes(x), dtype=torch.uint8, device=x.device),
+    empty_bits,
     pack_workspace,
 )

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from .base import CODE, Call, Choice, register_implementation
-from .bits import keep_where, merge, pack, pack_above, pack_workspace, packed_bytes, unpack_workspace
+from .bits import empty_bits, empty_values, keep_where, merge, pack, pack_above, pack_workspace, unpack_workspace
 from .operators import alike, define, define_inplace, is_exact
 
 aten = torch.ops.aten
@@ -69,13 +69,13 @@ def _scale_elsewhere(
 pack_positive = define(
     "pack_positive(Tensor x, int[] stride) -> Tensor",
     _pack_positive,
-    lambda x, stride: torch.empty(packed_bytes(x), dtype=torch.uint8, device=x.device),
+    empty_bits,
     pack_workspace,
 )
 scale_elsewhere = define(
     "scale_elsewhere(Tensor values, Tensor bits, int[] stride, float scale) -> Tensor",
     _scale_elsewhere,
-    lambda values, bits, stride, scale: torch.empty_strided(values.shape, stride, dtype=values.dtype, device=values.device),
+    empty_values,
     unpack_workspace,
 )
 define_inplace(

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from ..errors import ImplementationError
-from ..graph_meta import StorageInfo, is_backward, require, source_of
+from ..graph_meta import StorageInfo, is_backward, require, rounded, source_of
 from ..implementations import CODE, Call, Choice, Implementation, choose_implementations
 from ..torch_internals import fake_mode_of, pytree
 from .base import Pass
@@ -89,7 +89,7 @@ class _Offers:
             node.meta |= {"fxmem_offers": "encoder", "fxmem_storages": (len(self.infos),)}
             node.meta["fxmem_implementation"] = implementation.name
             size_bytes = node.meta["val"].untyped_storage().nbytes()
-            self.infos.append(StorageInfo(node, -(-size_bytes // self.alignment_bytes) * self.alignment_bytes))
+            self.infos.append(StorageInfo(node, rounded(size_bytes, self.alignment_bytes)))
             self.codes[key] = node
         return self.codes[key]
 

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from ..errors import CaptureError
-from ..graph_meta import StorageInfo, source_of
+from ..graph_meta import StorageInfo, rounded, source_of
 from ..torch_internals import fake_mode_of, pytree, storage_key
 from .base import Pass
 
@@ -61,10 +61,7 @@ class ShapeProp(Pass):
                 key = storage_key(leaf)
                 if key not in index_of:
                     index_of[key] = len(infos)
-                    infos.append(StorageInfo(node, self._rounded(leaf.untyped_storage().nbytes())))
+                    infos.append(StorageInfo(node, rounded(leaf.untyped_storage().nbytes(), self.alignment_bytes)))
                 indices.append(index_of[key])
             node.meta["fxmem_storages"] = tuple(dict.fromkeys(indices))
         graph_module.meta.update(fxmem_storages=tuple(infos), fxmem_alignment_bytes=self.alignment_bytes)
-
-    def _rounded(self, size_bytes: int) -> int:
-        return -(-size_bytes // self.alignment_bytes) * self.alignment_bytes

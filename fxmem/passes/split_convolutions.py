@@ -11,10 +11,10 @@ import operator
 import torch
 from torch import fx
 
+from ..implementations.convolution import INPUT_ALONE
 from .base import Pass
 
 CONVOLUTION_BACKWARD = torch.ops.aten.convolution_backward.default
-INPUT_ALONE = [True, False, False]
 
 
 class SplitConvolutions(Pass):

@@ -36,6 +36,10 @@ class State:
         self._table = {p: (r.inputs, r.outputs, r.extra_bytes, r.inplace) for p, r in compiled.recomputes.items()}
         self._options = [s.options for s in compiled.stages]
         self._needs = [s.any_needs for s in compiled.stages]
+        self._encoders_by_bit: dict[int, list[int]] = {}
+        for moment, encoder in compiled.encoders.items():
+            for k in members(encoder.inputs | encoder.outputs):
+                self._encoders_by_bit.setdefault(k, []).append(moment)
         self._encoding_s = {bit: e.time_s for e in compiled.encoders.values() for bit in (1 << k for k in members(e.outputs))}
         self._maker = {1 << k: options[0] if len(options) == 1 else None for k, options in enumerate(compiled.makers)}
         self._walks: list[dict] = [{} for _ in compiled.stages]
@@ -339,22 +343,19 @@ class State:
         """Change what the forward hands over, and with it the forward's bytes and what encoding takes."""
         compiled, changed, before = self.compiled, carried ^ self._carried, self._carried
         self._carried = carried
-        moments = set()
+        moments, encoders = set(), set()
         for k in members(changed):
+            encoders.update(self._encoders_by_bit.get(k, ()))
             size, last = compiled.sizes[k], compiled.last_use[k]
             self._change[last + 1] += size if carried >> k & 1 else -size
             moments.add(last)
-        for moment in self._encoders_of(changed):
+        for moment in sorted(encoders):
             encoder = compiled.encoders[moment]
             self.time_s += encoder.time_s * (bool(encoder.outputs & carried) - bool(encoder.outputs & before))
             moments.update(encoder.group)
         for moment in moments:
             if moment >= 0:
                 self._base[moment] += self._saved_bytes(moment, before) - self._saved_bytes(moment, carried)
-
-    def _encoders_of(self, bits: int) -> list[int]:
-        """The moments of the forward's encoders that read or make any of them."""
-        return [m for m, e in self.compiled.encoders.items() if (e.inputs | e.outputs) & bits]
 
 
 def desires(compiled: Compiled, schedule: Schedule) -> list[int]:
