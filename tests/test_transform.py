@@ -10,6 +10,7 @@ from helpers.models import (
     ConvNet,
     Counter,
     NestedInputs,
+    ReadsStatistics,
     Recurrent,
     Result,
     ReturnsDataclass,
@@ -53,7 +54,8 @@ MODELS = {
     "dataclass output": (ReturnsDataclass, rows, None),
     "nested output": (ReturnsDict, rows, None),
     "buffers by hand": (Counter, rows, None),
-    "shared batch norm": (SharedNorm, rows, None),
+    "shared batch norm": (SharedNorm, lambda: (torch.randn(256, 8),), 0.9),
+    "statistics read": (ReadsStatistics, rows, None),
     "nested inputs": (NestedInputs, lambda: (nested(), 2.0, "mean"), None),
 }
 
