@@ -80,13 +80,8 @@ def plan_offsets(intervals: Sequence[Interval], capacity: int | None = None, tim
     planner.greedy()
     if capacity is None:
         planner.minimize()
-    elif planner.arena_bytes > capacity and not planner.reach(capacity):
-        if planner.bound_bytes > capacity:
-            message = (
-                f"a capacity of {capacity} bytes cannot hold the intervals, though at most {live.size_bytes} are alive at once: "
-                f"the complete search ended after {planner.nodes} nodes; give {planner.bound_bytes} or more"
-            )
-            raise CapacityError(message, capacity, planner.bound_bytes)
+    elif planner.arena_bytes > capacity and not planner.reach(capacity) and planner.bound_bytes > capacity:
+        raise CapacityError(_too_tight(planner, live, capacity), capacity, planner.bound_bytes)
     offsets = [0] * len(intervals)
     for i, offset in zip(planner.sections.index, planner.offsets, strict=True):
         offsets[i] = int(offset)
@@ -189,8 +184,15 @@ def _status(planner: _Planner, capacity: int | None) -> str:
 def _too_much_alive(live: MaxLive, capacity: int) -> str:
     names = ", ".join(live.ids[:5]) + (", ..." if len(live.ids) > 5 else "")
     return (
-        f"a capacity of {capacity} bytes cannot hold the intervals: at moment {live.moment}, {live.size_bytes} bytes are alive, "
-        f"of {len(live.ids)} intervals ({names}); give at least that"
+        f"a capacity of {capacity} bytes cannot hold the intervals: at moment {live.moment}, {live.size_bytes} bytes are "
+        f"alive, of {len(live.ids)} intervals ({names}); give at least that"
+    )
+
+
+def _too_tight(planner: _Planner, live: MaxLive, capacity: int) -> str:
+    return (
+        f"a capacity of {capacity} bytes cannot hold the intervals, though at most {live.size_bytes} are alive at once: the "
+        f"complete search ended after {planner.nodes} nodes; give {planner.bound_bytes} or more"
     )
 
 
