@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from fxmem.memory import Interval
 from fxmem.memory.greedy import orders, place
 from fxmem.memory.intervals import Sections
@@ -20,7 +22,8 @@ def other_allocators(intervals: Sequence[Interval]) -> dict[str, int]:
         return dict.fromkeys(("by size", "by breadth", "best fit", "caching allocator"), 0)
     order = orders(sections)
     placed = {name: place(sections, order[name]) for name in ("by size", "by breadth")}
-    placed["best fit"] = place(sections, order["by begin"], best_fit=True)
+    as_they_come = np.argsort([intervals[i].begin for i in sections.index], kind="stable")
+    placed["best fit"] = place(sections, as_they_come, best_fit=True)
     needed = {name: int((offsets + sections.sizes).max()) for name, offsets in placed.items()}
     return needed | {"caching allocator": caching_allocator_bytes(intervals)}
 

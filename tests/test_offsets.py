@@ -11,7 +11,7 @@ from fxmem.errors import CapacityError, OffsetError, PlacementError
 from fxmem.memory import Interval, max_live, plan_offsets, read_csv, read_offsets, verify, write_csv
 from fxmem.memory.greedy import orders, place
 from fxmem.memory.intervals import Sections
-from fxmem.memory.search import Search
+from fxmem.memory.search import Preference, Search
 
 FOLDER = pathlib.Path(__file__).parent / "data" / "minimalloc"
 NO_LIMIT = float("inf")
@@ -53,15 +53,15 @@ def test_small_cases_are_those_of_brute_force(intervals):
 
 
 @settings(max_examples=60, deadline=None)
-@given(random_intervals(most=6), st.integers(0, 3))
-def test_the_search_alone_is_complete(intervals, more):
+@given(random_intervals(most=6), st.integers(0, 3), st.sampled_from((0.0, 0.1)))
+def test_the_search_alone_is_complete(intervals, more, pull):
     """With no greedy start, at every capacity around the least."""
     sections = Sections(intervals)
     if not sections.count:
         return
     least = least_arena(intervals)
     for capacity in range(max(sections.loads), least + more + 1):
-        outcome = Search(sections, capacity).run(sections.index, NO_LIMIT, NO_LIMIT)
+        outcome = Search(sections, capacity).run(Preference(sections.index, pull), NO_LIMIT, NO_LIMIT)
         assert outcome.proven == (outcome.offsets is None)
         assert (outcome.offsets is not None) == (capacity - capacity % sections.unit >= least)
 

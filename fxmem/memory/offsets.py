@@ -1,8 +1,8 @@
 """Where each buffer lies in one block of memory: `plan_offsets`. No torch.
 
 First greedy orders (`greedy`), until one meets the *lower bound*, the most bytes alive at once. Where none does, the complete
-search (`search`), restarted many times: its effort is heavy-tailed (Gomes, Selman and Kautz 1998), so each try has another
-order of preference and few nodes, now and then more (Luby, Sinclair and Zuckerman 1993). What has failed in one try is known
+search (`search`), restarted many times: its effort is heavy-tailed (Gomes, Selman and Kautz 1998), so each try has other
+preferences and few nodes, now and then more (Luby, Sinclair and Zuckerman 1993). What has failed in one try is known
 to the next; one that is long enough is a proof.
 
 Without a capacity, the smallest arena is bracketed: the search is asked for the least that is not ruled out, then for halves
@@ -22,10 +22,11 @@ import numpy as np
 from ..errors import CapacityError, OffsetError
 from .greedy import portfolio
 from .intervals import Interval, MaxLive, Sections, check_intervals, max_live
-from .search import Search
+from .search import Preference, Search
 from .verify import verify
 
 SHORTEST_TRY = 3  # nodes, by the number of intervals
+PULLS, NOISE = (0.3, 0.01, 0.1, 0.0, 0.03), 0.3  # of the tries' preferences
 FIRST_TRIES = 8
 MOST_CELLS = 1 << 26  # intervals times sections that the search has memory for
 
@@ -103,7 +104,7 @@ class _Planner:
     arena_bytes: int = 0
     method: str = "nothing to place"
     nodes: int = 0
-    searches: dict[int, tuple[Search, Iterator[np.ndarray], Iterator[int]]] = field(default_factory=dict)
+    searches: dict[int, tuple[Search, Iterator[Preference], Iterator[int]]] = field(default_factory=dict)
 
     def greedy(self) -> None:
         """The best of the portfolio, up to the first that meets the bound."""
@@ -117,9 +118,9 @@ class _Planner:
         capacity -= capacity % self.sections.unit
         if self.sections.count * len(self.sections.sizes) > MOST_CELLS:
             return False
-        search, ranks, limits = self._search(capacity)
+        search, preferences, limits = self._search(capacity)
         while tries > 0 and time.monotonic() < self.deadline:
-            outcome = search.run(next(ranks), next(limits), self.deadline)
+            outcome = search.run(next(preferences), next(limits), self.deadline)
             self.nodes += outcome.nodes
             tries -= 1
             if outcome.offsets is not None:
@@ -147,22 +148,23 @@ class _Planner:
         if not len(self.offsets) or arena_bytes < self.arena_bytes:
             self.method, self.offsets, self.arena_bytes = method, offsets, arena_bytes
 
-    def _search(self, capacity: int) -> tuple[Search, Iterator[np.ndarray], Iterator[int]]:
+    def _search(self, capacity: int) -> tuple[Search, Iterator[Preference], Iterator[int]]:
         if capacity not in self.searches:
-            self.searches[capacity] = Search(self.sections, capacity), _ranks(self.sections), _limits(self.sections)
+            self.searches[capacity] = Search(self.sections, capacity), _preferences(self.sections), _limits(self.sections)
         return self.searches[capacity]
 
 
-def _ranks(sections: Sections) -> Iterator[np.ndarray]:
-    """Orders of preference without end: by size, by life, by area, then mixtures of these with noise, from a fixed seed."""
+def _preferences(sections: Sections) -> Iterator[Preference]:
+    """Without end: by size, by life, by area, then mixtures of these with noise, from a fixed seed."""
     sizes, lives = sections.sizes.astype(float), sections.last - sections.first + 1.0
-    for preference in (sizes, lives, sizes * lives):
-        yield np.argsort(np.lexsort((-sizes * lives, -preference)))
+    for key in (sizes, lives, sizes * lives):
+        yield Preference(np.argsort(np.lexsort((-sizes * lives, -key))))
     random = np.random.default_rng(0)
-    while True:
+    for pull in itertools.cycle(PULLS):
         by_size, by_life = random.random(2)
-        noise = random.normal(0.0, 0.3, len(sizes))
-        yield np.argsort(np.argsort(-by_size * np.log(sizes) - by_life * np.log(lives) - noise, kind="stable"))
+        noise = random.normal(0.0, NOISE, len(sizes))
+        rank = np.argsort(np.argsort(-by_size * np.log(sizes) - by_life * np.log(lives) - noise, kind="stable"))
+        yield Preference(rank, pull)
 
 
 def _limits(sections: Sections) -> Iterator[int]:

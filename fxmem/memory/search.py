@@ -36,6 +36,19 @@ MOST_REMEMBERED_BYTES = 1 << 28  # of states that failed; past that the search g
 
 
 @dataclass(frozen=True)
+class Preference:
+    """What is tried first, which decides how long the search takes, not what it finds in the end.
+
+    rank: of each interval, which of several goes first where they could lie at one place.
+    pull: choices stay near each other: an option weighs by that part more with each section away from the choice before.
+        Unrelated choices between a wrong one and its failure make the search go through all their combinations.
+    """
+
+    rank: np.ndarray
+    pull: float = 0.0
+
+
+@dataclass(frozen=True)
 class Outcome:
     """What a search found. offsets: of the sections' intervals, or None; proven: there is none, where offsets is None."""
 
@@ -47,12 +60,13 @@ class Outcome:
 @dataclass(frozen=True)
 class _Part:
     """Intervals left (by first section), connected in time, over sections [begin, begin + len(floors)); parent: the place on
-    the stack of the choice that made it."""
+    the stack of the choice that made it; near: the section of that choice."""
 
     left: np.ndarray
     begin: int
     floors: np.ndarray
     parent: int
+    near: int
 
 
 class Search:
@@ -71,13 +85,12 @@ class Search:
         self.failed: dict[bytes, list[np.ndarray]] = {}
         self.remembered_bytes = 0
 
-    def run(self, rank: np.ndarray, node_limit: float, deadline: float) -> Outcome:
-        """Look for a placement. rank: of each interval, which of several goes first where they could lie at one place.
-        node_limit: states to look at; deadline: of time.monotonic()."""
+    def run(self, preference: Preference, node_limit: float, deadline: float) -> Outcome:
+        """Look for a placement. node_limit: states to look at; deadline: of time.monotonic()."""
         offsets = np.zeros(len(self.sizes), np.int64)
         floors = np.zeros(self.sections.count, self.sizes.dtype)
         agenda = None
-        for part in self._parts(np.arange(len(self.sizes)), 0, floors, -1):
+        for part in self._parts(np.arange(len(self.sizes)), 0, floors, -1, 0):
             agenda = part, agenda
         stack, nodes = [], 0
         while agenda is not None:
@@ -85,7 +98,7 @@ class Search:
             nodes += 1
             if nodes > node_limit or (nodes % NODES_BETWEEN_LOOKS == 0 and time.monotonic() > deadline):
                 return Outcome(None, False, nodes)
-            stack.append((self._children(part, rank, offsets, len(stack)), rest, part.parent))
+            stack.append((self._children(part, preference, offsets, len(stack)), rest, part.parent))
             while stack:
                 children, rest, parent = stack[-1]
                 found = next(children, None)
@@ -99,7 +112,7 @@ class Search:
                 agenda = part, agenda
         return Outcome(offsets * self.sections.unit, False, nodes)
 
-    def _children(self, part: _Part, rank: np.ndarray, offsets: np.ndarray, place: int) -> Iterator[list[_Part]]:
+    def _children(self, part: _Part, preference: Preference, offsets: np.ndarray, place: int) -> Iterator[list[_Part]]:
         """The cases of a state: for each, the parts that are left, all of which must be solved."""
         left, columns = part.left, slice(part.begin, part.begin + len(part.floors))
         weights = self.weights[left, columns]
@@ -109,22 +122,23 @@ class Search:
         key = self._key(left)
         if slack is None or any((known <= floors).all() for known in self.failed.get(key, ())):
             return
-        column, lying = _choose(covers, floors, heads, slack)
-        floor, tried = floors[column], set()
-        for i in sorted(lying, key=lambda i: rank[left[i]]):
+        away = np.abs(np.arange(len(floors)) + part.begin - part.near)
+        column, lying = _choose(covers, floors, heads, slack / (self.capacity + 1), 1 + preference.pull * away)
+        floor, near, tried = floors[column], part.begin + column, set()
+        for i in sorted(lying, key=lambda i: preference.rank[left[i]]):
             same = (self.sizes[left[i]], self.alignments[left[i]], covers[i].tobytes())
             if same in tried:
                 continue
             tried.add(same)
             offsets[left[i]] = floor
             above = np.where(covers[i], floor + self.sizes[left[i]], floors)
-            yield self._parts(np.delete(left, i), part.begin, above, place)
+            yield self._parts(np.delete(left, i), part.begin, above, place, near)
         if slack[column]:
             raised = self._next_floor(left, covers, heads, column, lying)
             if raised - floor <= slack[column]:
                 above = floors.copy()
                 above[column] = raised
-                yield [_Part(left, part.begin, above, place)]
+                yield [_Part(left, part.begin, above, place, near)]
         self._remember(key, floors)
 
     def _settle(self, part: _Part, covers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -169,7 +183,7 @@ class Search:
             self.failed.setdefault(key, []).append(floors)
             self.remembered_bytes += floors.nbytes + len(key)
 
-    def _parts(self, left: np.ndarray, begin: int, floors: np.ndarray, parent: int) -> list[_Part]:
+    def _parts(self, left: np.ndarray, begin: int, floors: np.ndarray, parent: int, near: int) -> list[_Part]:
         """Cut where no interval crosses; the largest first, as the last one is taken first."""
         if not len(left):
             return []
@@ -179,20 +193,21 @@ class Search:
         parts = []
         for a, b in zip(cuts, cuts[1:], strict=False):
             span = slice(first[a] - begin, reach[b - 1] + 1 - begin)
-            parts.append(_Part(left[a:b], int(first[a]), floors[span], parent))
+            parts.append(_Part(left[a:b], int(first[a]), floors[span], parent, near))
         return sorted(parts, key=lambda part: -len(part.left))
 
 
-def _choose(covers: np.ndarray, floors: np.ndarray, heads: np.ndarray, slack: np.ndarray) -> tuple[int, np.ndarray]:
-    """The section in a valley with fewest options, of these the one with least slack; and the intervals that can lie on its
-    floor."""
+def _choose(
+    covers: np.ndarray, floors: np.ndarray, heads: np.ndarray, slack: np.ndarray, weights: np.ndarray
+) -> tuple[int, np.ndarray]:
+    """The section in a valley with fewest options, each of the section's weight, and then least slack (a part of the
+    capacity); and the intervals that can lie on its floor."""
     edges = np.flatnonzero(np.diff(floors)) + 1
     starts, ends = np.append(0, edges), np.append(edges, len(floors))
     lower_than_left = np.append(True, floors[edges] < floors[edges - 1])
     lower_than_right = np.append(floors[edges - 1] < floors[edges], True)
     valley = np.repeat(lower_than_left & lower_than_right, ends - starts)
     lying = covers & (heads[:, None] == floors)
-    options = np.where(valley, lying.sum(axis=0) + (slack > 0), len(heads) + 2)
-    fewest = np.flatnonzero(options == options.min())
-    column = int(fewest[np.argmin(slack[fewest])])
+    options = lying.sum(axis=0) + (slack > 0)
+    column = int(np.argmin(np.where(valley, options * weights + slack, np.inf)))
     return column, np.flatnonzero(lying[:, column])
