@@ -2,6 +2,8 @@
 
 import itertools
 import pathlib
+import subprocess
+import sys
 
 import pytest
 from hypothesis import given, settings
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 
 from fxmem.errors import CapacityError, OffsetError, PlacementError
 from fxmem.memory import Interval, max_live, plan_offsets, read_csv, read_offsets, verify, write_csv
+from fxmem.memory import offsets as offsets_module
 from fxmem.memory.greedy import orders, place
 from fxmem.memory.intervals import Sections
 from fxmem.memory.search import Preference, Search
@@ -172,8 +175,20 @@ def test_more_alive_than_the_capacity_says_where():
 def test_no_time_is_no_error():
     intervals = read_csv(FOLDER / "A.1048576.csv")
     held, free = (plan_offsets(intervals, capacity, time_limit_s=0) for capacity in (1048576, None))
-    assert (held.status, free.status, held.nodes) == ("not found in time", "time limit", 0)
+    assert (held.status, free.status, held.nodes) == ("not found in time", "not proven", 0)
     assert held.arena_bytes == free.arena_bytes > 1048576
+
+
+def test_what_is_too_large_for_the_search_is_placed_all_the_same(monkeypatch):
+    monkeypatch.setattr(offsets_module, "MOST_CELLS", 100)
+    intervals = read_csv(FOLDER / "A.1048576.csv")
+    held, free = (plan_offsets(intervals, capacity) for capacity in (1048576, None))
+    assert (held.status, free.status, free.nodes) == ("not found in time", "not proven", 0)
+
+
+def test_memory_takes_numpy_alone():
+    code = "import sys, fxmem.memory; sys.exit(bool({'torch', 'networkx', 'cvxpy'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=pathlib.Path(__file__).parents[1]).returncode == 0
 
 
 def test_nothing_to_place():

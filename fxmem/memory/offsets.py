@@ -28,7 +28,7 @@ from .verify import verify
 SHORTEST_TRY = 3  # nodes, by the number of intervals
 PULLS, NOISE = (0.3, 0.01, 0.1, 0.0, 0.03), 0.3  # of the tries' preferences
 FIRST_TRIES = 8
-MOST_CELLS = 1 << 26  # intervals times sections that the search has memory for
+MOST_CELLS = 1 << 24  # intervals times sections that the search has memory for
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class OffsetPlan:
 
     lower_bound_bytes: no arena is smaller; the most bytes alive (`max_live`), or more where the search has proven it.
     status: "optimal", "fits" (the capacity), "not found in time" (the arena is larger than the capacity, which is not ruled
-        out), or "time limit" (no capacity was given, and a smaller arena is not ruled out).
+        out), or "not proven" (no capacity was given, and a smaller arena is not ruled out).
     method: what placed them; nodes: of the complete search; time_s: of planning.
     """
 
@@ -106,6 +106,12 @@ class _Planner:
     nodes: int = 0
     searches: dict[int, tuple[Search, Iterator[Preference], Iterator[int]]] = field(default_factory=dict)
 
+    @property
+    def over(self) -> bool:
+        """Whether the search is to end: it is out of time, or would not fit in memory."""
+        too_large = self.sections.count * len(self.sections.sizes) > MOST_CELLS
+        return too_large or time.monotonic() >= self.deadline
+
     def greedy(self) -> None:
         """The best of the portfolio, up to the first that meets the bound."""
         for method, offsets in portfolio(self.sections) if self.sections.count else ():
@@ -115,11 +121,11 @@ class _Planner:
 
     def reach(self, capacity: int, tries: float = math.inf) -> bool:
         """Whether the search found a placement within capacity; that there is none raises the bound."""
-        capacity -= capacity % self.sections.unit
-        if self.sections.count * len(self.sections.sizes) > MOST_CELLS:
+        if self.over:
             return False
+        capacity -= capacity % self.sections.unit
         search, preferences, limits = self._search(capacity)
-        while tries > 0 and time.monotonic() < self.deadline:
+        while tries > 0 and not self.over:
             outcome = search.run(next(preferences), next(limits), self.deadline)
             self.nodes += outcome.nodes
             tries -= 1
@@ -134,9 +140,9 @@ class _Planner:
     def minimize(self) -> None:
         """Close the bracket between bound and arena, with more tries each time that some are in vain."""
         tries = FIRST_TRIES
-        while self.bound_bytes < self.arena_bytes and time.monotonic() < self.deadline:
+        while self.bound_bytes < self.arena_bytes and not self.over:
             low = goal = self.bound_bytes
-            while low < self.arena_bytes and time.monotonic() < self.deadline:
+            while low < self.arena_bytes and not self.over:
                 if not self.reach(goal, tries):
                     low = max(goal + self.sections.unit, self.bound_bytes)
                 goal = low + (self.arena_bytes - low) // 2
@@ -179,7 +185,7 @@ def _status(planner: _Planner, capacity: int | None) -> str:
     if planner.arena_bytes == planner.bound_bytes:
         return "optimal"
     if capacity is None:
-        return "time limit"
+        return "not proven"
     return "fits" if planner.arena_bytes <= capacity else "not found in time"
 
 

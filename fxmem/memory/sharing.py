@@ -15,13 +15,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import networkx as nx
+from typing import TYPE_CHECKING
 
 from ..errors import ProblemError
 from ..problem import Problem
 from ..schedule import Schedule
 from .lifetimes import Buffer, buffers_of
+
+if TYPE_CHECKING:
+    import networkx as nx  # imported where it is used: offsets need none of it
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,8 @@ class Sharing:
 
 def dataflow(problem: Problem, schedule: Schedule) -> nx.DiGraph:
     """The steps of a schedule, and an edge from the step that makes a storage to each that reads it."""
+    import networkx as nx
+
     graph = nx.DiGraph()
     graph.add_nodes_from(range(len(schedule.steps)))
     maker: dict[int, int] = {}
@@ -59,6 +63,8 @@ def colour_paths(graph: nx.DiGraph, most: int) -> list[int]:
 
     Paths may go through steps that have a colour already, but are as long as the steps that have none.
     """
+    import networkx as nx
+
     colours: dict[int, int] = {}
     for colour in range(most - 1):
         if len(colours) == len(graph):
