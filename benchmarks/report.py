@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Iterable
 
 from .results import FOLDER, Results, load
-from .tables import full_markdown, implementations_markdown, readme_markdown, solvers_markdown
+from .tables import full_markdown, implementations_markdown, readme_markdown, solvers_markdown, static_markdown
 
 ROOT = pathlib.Path(__file__).parent.parent
 END = "<!-- results: end -->"
@@ -41,8 +41,14 @@ def implementation_rows() -> list[dict]:
     return json.loads(path.read_text()) if path.exists() else []
 
 
+def static_rows() -> list[dict]:
+    path = FOLDER / "static.json"
+    return json.loads(path.read_text()) if path.exists() else []
+
+
 def pages() -> dict[pathlib.Path, str]:
     """Each page that holds tables, as it should read."""
+    memory = ROOT / "docs" / "memory.md"
     steps, readme, benchmarks = stored(), ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
     implementations = ROOT / "docs" / "implementations.md"
     other = implementations.read_text()
@@ -55,6 +61,7 @@ def pages() -> dict[pathlib.Path, str]:
         readme: with_tables(readme.read_text(), "benchmarks.step", map(readme_markdown, steps)),
         benchmarks: with_tables(page, "benchmarks.solvers", [solvers_markdown(solver_rows())]),
         implementations: other,
+        memory: with_tables(memory.read_text(), "benchmarks.static", [static_markdown(static_rows())]),
     }
 
 

@@ -54,6 +54,17 @@ def solvers_markdown(rows: list[dict]) -> str:
     return _markdown("", titles, [_question(key, answers) for key, answers in questions.items() if "auto" in answers]).lstrip()
 
 
+def static_markdown(rows: list[dict]) -> str:
+    """One row for each instance and capacity; other allocators relative to the most bytes alive."""
+    titles = ["instance", "intervals", "capacity", "max live", "arena", "status", "nodes", "seconds", "others"]
+    lines = []
+    for row in rows:
+        others = ", ".join(f"{name} {size_bytes / row['max_live_bytes']:.2f}" for name, size_bytes in row["others"].items())
+        cells = [row[key] for key in ("instance", "intervals", "capacity", "max_live_bytes", "arena_bytes", "status", "nodes")]
+        lines.append(["" if cell is None else str(cell) for cell in (*cells, f"{row['seconds']:.1f}", others)])
+    return _markdown("", titles, lines).lstrip()
+
+
 def implementations_markdown(rows: list[dict], part: str) -> str:
     """The rows of one part of `benchmarks.implementations`."""
     found = [row for row in rows if row["part"] == part]

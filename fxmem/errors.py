@@ -33,6 +33,28 @@ class ProblemError(FxmemError, ValueError):
     """An inconsistent Problem or Schedule: names the operator or storage."""
 
 
+class OffsetError(FxmemError, ValueError):
+    """Intervals, a capacity or a file that no offsets can be planned for: names the interval or the line."""
+
+
+class CapacityError(FxmemError):
+    """A capacity that is proven to be too small.
+
+    Attributes:
+        capacity: what was given, in bytes.
+        lower_bound_bytes: the least arena that is not ruled out.
+    """
+
+    def __init__(self, message: str, capacity: int, lower_bound_bytes: int):
+        super().__init__(message)
+        self.capacity = capacity
+        self.lower_bound_bytes = lower_bound_bytes
+
+
+class PlacementError(FxmemError):
+    """Offsets that break what they promise: two live buffers overlap, one is not aligned, or one lies outside."""
+
+
 class CostError(FxmemError, ValueError):
     """An unknown device, or a cost that is negative or not a number."""
 

@@ -1,0 +1,125 @@
+"""Offsets in one block of memory: `python -m benchmarks.static --instances FILE...`.
+
+Each file is a CSV of MiniMalloc's (`fxmem.memory.read_csv`), with the capacity that is to be reached in its name
+(`A.1048576.csv`) or in `--capacity`; without either the least arena is looked for. A row says whether the capacity was reached,
+in how many seconds and how many nodes of the complete search, and what other allocators need. Rows are stored in
+benchmarks/results/static.json, one for each instance and capacity; `--json` prints them, a JSON object a line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from fxmem.errors import CapacityError, FxmemError
+from fxmem.memory import Interval, max_live, plan_offsets, read_csv
+
+from .allocators import other_allocators
+
+RESULTS = pathlib.Path(__file__).parent / "results" / "static.json"
+LAYOUT = "{:<20}{:>10}{:>14}{:>14}{:>14}{:>9}{:>9}{:>8}  {:<24}{}"
+HEADS = ("instance", "intervals", "capacity", "max live", "arena", "ratio", "nodes", "seconds", "status", "others / max live")
+COLUMNS = LAYOUT.format(*HEADS)
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was found for one instance.
+
+    status: the plan's, or "impossible" where the capacity is proven to be too small; then there is no arena.
+    others: bytes that other allocators need, by name.
+    """
+
+    instance: str
+    intervals: int
+    capacity: int | None
+    max_live_bytes: int
+    lower_bound_bytes: int
+    arena_bytes: int | None
+    status: str
+    method: str
+    nodes: int
+    seconds: float
+    others: dict[str, int]
+
+    @property
+    def reached(self) -> bool:
+        """Whether the arena is within the capacity; without one, whether it is proven to be the least."""
+        return self.status in ("optimal", "fits")
+
+    @property
+    def line(self) -> str:
+        least = max(1, self.max_live_bytes)
+        ratio = "" if self.arena_bytes is None else f"{self.arena_bytes / least:.3f}"
+        others = ", ".join(f"{name} {size_bytes / least:.3f}" for name, size_bytes in self.others.items())
+        return LAYOUT.format(
+            self.instance, self.intervals, self.capacity or "", self.max_live_bytes, self.arena_bytes or "", ratio, self.nodes,
+            f"{self.seconds:.2f}", self.status, others,
+        )  # fmt: skip
+
+
+def row_of(instance: str, intervals: Sequence[Interval], capacity: int | None, time_limit_s: float) -> Row:
+    others, live_bytes = other_allocators(intervals), max_live(intervals).size_bytes
+    try:
+        plan = plan_offsets(intervals, capacity, time_limit_s)
+    except CapacityError as error:
+        return Row(
+            instance, len(intervals), capacity, live_bytes, error.lower_bound_bytes, None, "impossible", "", 0, 0.0, others
+        )
+    return Row(
+        instance, len(intervals), capacity, live_bytes, plan.lower_bound_bytes, plan.arena_bytes, plan.status, plan.method,
+        plan.nodes, plan.time_s, others,
+    )  # fmt: skip
+
+
+def capacity_in(path: pathlib.Path) -> int | None:
+    """The number before the file's suffix."""
+    parts = path.name.split(".")
+    return int(parts[-2]) if len(parts) > 2 and parts[-2].isdigit() else None
+
+
+def save(row: Row) -> None:
+    """Add the row to the stored results, or put it in place of the one of the same question."""
+    stored = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    rows = {(r["instance"], r["capacity"]): r for r in (*stored, asdict(row))}
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps(list(rows.values()), indent=1) + "\n")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """0 where every instance was solved, 1 where one was not, 2 where one cannot be read."""
+    options = _parser().parse_args(arguments)
+    if not options.json:
+        print(COLUMNS, flush=True)
+    solved = True
+    for path in map(pathlib.Path, options.instances):
+        try:
+            intervals = read_csv(path)
+        except (FxmemError, OSError) as error:
+            print(error, file=sys.stderr)
+            return 2
+        capacity = options.capacity if options.capacity is not None else capacity_in(path)
+        row = row_of(path.name.removesuffix(".csv"), intervals, capacity, options.time_limit)
+        solved &= row.reached
+        print(json.dumps(asdict(row)) if options.json else row.line, flush=True)
+        save(row)
+    return 0 if solved else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.static", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--instances", nargs="+", required=True, metavar="FILE", help="CSV files of intervals")
+    parser.add_argument("--capacity", type=int, help="bytes; by default the number in each file's name")
+    parser.add_argument("--time-limit", type=float, default=60.0, help="seconds for one instance")
+    parser.add_argument("--json", action="store_true", help="print a JSON object a line")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
