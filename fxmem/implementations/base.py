@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,17 +48,38 @@ class Choice:
 
 
 @dataclass(frozen=True)
+class Result:
+    """Among a Rewrite's arguments: one of the results of its operator."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """Another way to run a part of the whole step, forward and backward together.
+
+    forward: an operator with a tuple of results, in the place of the forward node `at`. made: nodes of the step that it makes
+        superfluous, and what each of them is instead: one of its results, or a Call of them. What then nobody reads is gone.
+    """
+
+    at: fx.Node
+    forward: Call
+    made: Mapping[fx.Node, Result | Call]
+
+
+@dataclass(frozen=True)
 class Implementation:
     """Another way to write operators' backward, which keeps something else for it.
 
-    name: what users choose it by. serves: targets of the backward nodes that `choose` is asked about; it gives a Choice, or
-    None where it does not apply. exactness: "bitwise" (gradients are those of the plain operator, bit for bit) or "accurate".
+    name: what users choose it by. serves: targets of the backward nodes that `choose` is asked about; it gives a Choice, a
+    Rewrite, or None where it does not apply. exactness: "bitwise" (gradients are those of the plain operator, bit for bit) or
+    "accurate".
     """
 
     name: str
     serves: tuple[Any, ...]
     exactness: str
-    choose: Callable[[fx.Node], Choice | None]
+    choose: Callable[[fx.Node], Choice | Rewrite | None]
 
 
 IMPLEMENTATIONS: dict[str, Implementation] = {}
