@@ -32,10 +32,24 @@ class CrossEntropy(nn.Module):
         return nn.functional.cross_entropy(logits, classes.where(classes > 0, -100))
 
 
+class TiedHead(nn.Module):
+    """Rows of a table are added to the pixels, and these multiplied by the same table."""
+
+    def __init__(self, width: int = 16, rows: int = 800):
+        super().__init__()
+        self.table = nn.Embedding(rows, width, padding_idx=2)
+
+    def forward(self, x):
+        pixels = x.movedim(1, -1).flatten(0, -2)
+        indices = torch.arange(len(pixels), device=x.device).remainder(7)
+        return (pixels + self.table(indices)) @ self.table.weight.t()
+
+
 CASES: dict[str, Callable[[], nn.Module]] = {
     "chunked_cross_entropy": lambda: Between(CrossEntropy()),
     "batch_norm_statistics": lambda: Between(nn.BatchNorm2d(4), nn.SiLU(), nn.BatchNorm2d(4, affine=False), nn.SiLU()),
     "convolution_transposed": lambda: Between(nn.Conv2d(4, 6, 3, 2, 1), nn.Conv2d(6, 6, 3, padding=1, groups=6)),
+    "embedding_rows": lambda: Between(TiedHead(), channels=16),
     "relu_bits": lambda: Between(nn.ReLU()),
     "relu_input": lambda: Between(nn.ReLU()),
     "leaky_relu_bits": lambda: Between(nn.LeakyReLU(0.1)),

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import copy
 import math
-import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from .codegen.calls import canonical_call
 from .codegen.partition import partition
 from .codegen.planned import PlannedModule, assemble
 from .decisions import Plan
 from .errors import ImplementationError
-from .graph_meta import is_backward
 from .implementations import IMPLEMENTATIONS, choose_implementations
 from .lowering import Lowered
 from .measuring import backward_roots, measure
@@ -86,18 +84,12 @@ def force(name: str, module: nn.Module, args: tuple, kwargs: dict) -> tuple[Plan
     prepared = prepare(module, args, kwargs, "measured", "all", (name,), "accurate").programs[-1]
     problem = prepared.lowered.problem
     schedule, places = _everywhere(prepared.lowered)
-    places += sum(map(_stands_for_a_part, prepared.captured.joint.graph.nodes))
+    places += prepared.captured.joint.meta.get("fxmem_rewrites", 0)
     solution = Solution(schedule, simulate(problem, schedule), 0.0, "forced", "check", 0.0)
     plan: Plan = prepared.plan(solution, None)
     joint = Rematerialize(solution=solution)(prepared.captured.joint).graph_module
     parts = partition(joint.graph, joint.meta["fxmem_regions"])
     return assemble(module, prepared.captured, parts, args, kwargs, plan, _no_other_shapes), places
-
-
-def _stands_for_a_part(node: fx.Node) -> bool:
-    """Whether the node is the operator of a `Rewrite`."""
-    written = "fxmem_implementation" in node.meta and "fxmem_offers" not in node.meta
-    return written and not is_backward(node) and node.target is not operator.getitem
 
 
 def _no_other_shapes(*_: Any, **__: Any) -> PlannedModule:

@@ -101,12 +101,13 @@ def prepare(
     inplace: bool = True,
 ) -> Prepared:
     """Capture a module and run every pass that needs no budget."""
-    offer, rewrite = OfferImplementations(implementations, exactness), RewriteParts(implementations, exactness)
+    offer = OfferImplementations(implementations, exactness)
+    rewrite, rewrite_backward = (RewriteParts(implementations, exactness, forward) for forward in (True, False))
     started = time.perf_counter()
     device = device_of(module, args, kwargs)
     model = _cost_model(cost, device)
     captured = capture(module, args, kwargs, output_gradients)
-    for graph_pass in (SplitConvolutions(), NameNodes(), MatchEager()):
+    for graph_pass in (SplitConvolutions(), NameNodes(), MatchEager(), rewrite_backward):
         graph_pass(captured.joint)
     other = replace(captured, joint=fx.GraphModule(captured.joint, copy.deepcopy(captured.joint.graph)))
     passes = (

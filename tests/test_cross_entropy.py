@@ -182,7 +182,7 @@ PROGRAMS = step_of(1.0, 100), step_of(2.0, 50)  # the second takes a quarter mor
     ],
 )
 def test_the_better_program_is_taken(budget, number, overhead):
-    chosen, solution = choose_program(PROGRAMS, budget, 140)
+    chosen, solution = choose_program(PROGRAMS, budget, 140, time_limit_s=2.0)
     assert (chosen, solution.timeline.overhead) == (number, pytest.approx(overhead))
 
 
@@ -200,3 +200,39 @@ def test_a_frontier_of_both_programs():
 def test_by_name_it_needs_leave():
     with pytest.raises(ImplementationError, match="ask for exactness='accurate'"):
         transform(Language(), (ids(),), implementations=("chunked_cross_entropy",))
+
+
+def test_a_tied_table_has_one_gradient():
+    """No second table for the embedding's own."""
+    torch.manual_seed(0)
+    module, x = Language(width=16, classes=4000), ids(1, 8)
+    table_bytes = 4000 * 16 * 4
+    planned = transform(copy.deepcopy(module), (x,))
+    left_out = transform(copy.deepcopy(module), (x,), implementations=("-embedding_rows",)).plan.predicted_peak_bytes
+    found = fxmem.measure(planned, (x,)).peak_bytes
+    assert found == pytest.approx(planned.plan.predicted_peak_bytes, rel=0.01)
+    assert found < 2.7 * table_bytes and left_out > 3 * table_bytes
+
+
+@pytest.mark.parametrize("padding", [None, 3])
+def test_the_rows_of_a_table_are_bitwise(padding):
+    torch.manual_seed(0)
+    module = Language(width=16, classes=4000)
+    module.table.padding_idx = padding
+    x = ids(4, 60)
+    x[0, :9] = 3
+    found = fxmem.check_implementation("embedding_rows", module, (x,))
+    assert found.is_bitwise and found.places == 1
+
+
+@pytest.mark.parametrize(
+    ("width", "length", "options"), [(8, 40, {}), (16, 40, {"scale_grad_by_freq": True}), (16, 2001, {}), (16, 40, {})]
+)
+def test_where_a_second_table_stays(width, length, options):
+    module = Language(width=width, classes=4000)
+    module.table.scale_grad_by_freq = options.get("scale_grad_by_freq", False)
+    joint = prepare(module, (ids(1, length),), {}, "V100").captured.joint
+    targets = {n.target for n in joint.graph.nodes}
+    one_table = torch.ops.fxmem.embedding_add_rows.default in targets
+    assert one_table == (width == 16 and not options and length == 40)
+    assert one_table != (torch.ops.aten.embedding_dense_backward.default in targets)

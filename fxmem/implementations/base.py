@@ -56,15 +56,19 @@ class Result:
 
 @dataclass(frozen=True)
 class Rewrite:
-    """Another way to run a part of the whole step, forward and backward together.
+    """Another way to run several operators of the step.
 
-    forward: an operator with a tuple of results, in the place of the forward node `at`. made: nodes of the step that it makes
-        superfluous, and what each of them is instead: one of its results, or a Call of them. What then nobody reads is gone.
+    made: nodes of the step, and what is to stand in the place of each: a Call, or a result of `forward`. What then nobody
+        reads is gone. forward: where forward and backward are written anew together, an operator with a tuple of results that
+        runs in the place of the forward node `at`, and is read by `made` as `Result`.
+
+    With a `forward`, the step is planned both ways, and the better plan is taken. Without, the rewrite is always made: offer it
+    where it can only be better.
     """
 
-    at: fx.Node
-    forward: Call
     made: Mapping[fx.Node, Result | Call]
+    forward: Call | None = None
+    at: fx.Node | None = None
 
 
 @dataclass(frozen=True)

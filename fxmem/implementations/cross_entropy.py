@@ -46,7 +46,7 @@ def chunked_cross_entropy(node: fx.Node) -> Rewrite | None:
     for index, what in enumerate(("x", "weight", "bias"), start=1):
         if gradients.get(what) is not None:
             made[gradients[what]] = Call(aten.mul.Tensor, (Result(index), node.args[0]))
-    return Rewrite(head.forward, Call(linear_cross_entropy, args), made)
+    return Rewrite(made, Call(linear_cross_entropy, args), head.forward)
 
 
 @dataclass(frozen=True)
@@ -244,14 +244,15 @@ def _parts(call: OpCall) -> Iterator[OpCall]:
 
 
 def _workspace(call: OpCall) -> int:
-    """Two buffers of a piece, what an operator on a piece takes, and a few numbers for each row."""
+    """Two buffers of a piece, what an operator on a piece takes, a few numbers for each row, and the bias's sums."""
     x, weight = call.args[:2]
     wide_bytes, count = _wide(x.dtype).itemsize, len(x)
     rows = min(count, _rows(count, weight.shape[1], x.dtype))
     converted = 0 if wide_bytes == x.element_size() else wide_bytes
     buffers = rows * weight.shape[1] * (wide_bytes + x.element_size() + converted)
     inside = max((workspace_bytes(part) for part in itertools.islice(_parts(call), 8)), default=0)
-    return buffers + inside + count * (2 * wide_bytes + 24) + weight.shape[1] * 3 * wide_bytes + 1024
+    sums = 3 * weight.shape[1] * wide_bytes if call.args[7][2] else 0
+    return buffers + inside + count * (2 * wide_bytes + 24) + sums + 1024
 
 
 linear_cross_entropy = define(

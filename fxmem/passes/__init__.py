@@ -2,7 +2,7 @@
 
 MatchEager      makes a captured joint graph round as the plain module does
 SplitConvolutions   the backward of a convolution as two operators
-RewriteParts    parts of forward and backward as one operator
+RewriteParts    several operators written as others
 NameNodes       names nodes after modules and what they compute
 UpdateBuffers   writes buffers where they change
 ShapeProp       fake values and storages of every node

@@ -1,4 +1,4 @@
-"""Parts of forward and backward written as one operator, where an implementation offers that."""
+"""Several operators written as others, where an implementation offers that."""
 
 from __future__ import annotations
 
@@ -17,27 +17,30 @@ from .offer import naming_failures
 
 
 class RewriteParts(Pass):
-    """Applies every `Rewrite` that implementations offer; new nodes carry `meta["fxmem_implementation"]`.
+    """Applies every `Rewrite` that implementations offer; new nodes carry `meta["fxmem_implementation"]`, the graph module the
+    number of rewrites in `meta["fxmem_rewrites"]`.
 
-    names, exactness: as for `fxmem.transform`. Whether the graph is better so is for the caller to find out. Needs
-    `meta["val"]`, and runs before ShapeProp. Raises ImplementationError, naming it, for an implementation that fails.
+    names, exactness: as for `fxmem.transform`. forward: whether those are applied that change the forward, too; if the step is
+    better so is for the caller to find out. Needs `meta["val"]`, and runs before ShapeProp. Raises ImplementationError, naming
+    it, for an implementation that fails.
     """
 
-    def __init__(self, names: Sequence[str] | None = None, exactness: str = "bitwise"):
+    def __init__(self, names: Sequence[str] | None = None, exactness: str = "bitwise", forward: bool = True):
         super().__init__()
-        self.implementations = choose_implementations(names, exactness)
+        self.implementations, self.forward = choose_implementations(names, exactness), forward
 
     def apply(self, graph_module: fx.GraphModule) -> bool:
-        graph, modified = graph_module.graph, False
+        graph, count = graph_module.graph, 0
         for implementation in self.implementations:
             for target in implementation.serves:
                 for node in [n for n in graph.find_nodes(op="call_function", target=target) if is_backward(n)]:
                     with naming_failures(implementation, node):
                         found = implementation.choose(node)
-                        if isinstance(found, Rewrite):
+                        if isinstance(found, Rewrite) and (self.forward or not found.forward):
                             _Writer(graph, found, implementation).write()
-                            modified = True
-        return modified
+                            count += 1
+        graph_module.meta["fxmem_rewrites"] = graph_module.meta.get("fxmem_rewrites", 0) + count
+        return count > 0
 
 
 class _Writer:
@@ -48,17 +51,21 @@ class _Writer:
         self.results: dict[int, fx.Node] = {}
 
     def write(self) -> None:
-        at, made = self.rewrite.at, self.rewrite.made
-        with self.graph.inserting_before(at):
-            whole = self._call(self.rewrite.forward, at, f"{at.name}_{self.implementation.name}")
+        made = self.rewrite.made
+        if self.rewrite.forward:
             wanted = {a.index for n in made for a in pytree.tree_leaves(_arguments(made[n])) if isinstance(a, Result)}
-            for index in sorted(wanted):
-                self.results[index] = self._call(Call(operator.getitem, (whole, index)), at, f"{whole.name}_{index}")
+            self._run_forward(self.rewrite.forward, self.rewrite.at, sorted(wanted))
         for node, source in made.items():
             with self.graph.inserting_before(node):
                 new = self._call(source, node, node.name) if isinstance(source, Call) else self.results[source.index]
             node.replace_all_uses_with(new)
             self._erase(node)
+
+    def _run_forward(self, call: Call, at: fx.Node, wanted: list[int]) -> None:
+        with self.graph.inserting_before(at):
+            whole = self._call(call, at, f"{at.name}_{self.implementation.name}")
+            for index in wanted:
+                self.results[index] = self._call(Call(operator.getitem, (whole, index)), at, f"{whole.name}_{index}")
 
     def _call(self, call: Call, beside: fx.Node, name: str) -> fx.Node:
         """A node of the module of `beside`, on the same side of the step."""
