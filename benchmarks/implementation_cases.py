@@ -19,6 +19,13 @@ class Between(nn.Module):
         return self.layers(4 * self.before(x)) * 2
 
 
+class LayerNorm(nn.Module):
+    """Over rows of any length, without weights."""
+
+    def forward(self, x):
+        return nn.functional.layer_norm(x, x.shape[-1:])
+
+
 class CrossEntropy(nn.Module):
     """Of a linear layer over the channels of every pixel; some rows are ignored."""
 
@@ -46,6 +53,9 @@ class TiedHead(nn.Module):
 
 
 CASES: dict[str, Callable[[], nn.Module]] = {
+    "layer_norm_output": lambda: Between(nn.Tanh(), LayerNorm(), nn.SiLU()),
+    "group_norm_output": lambda: Between(nn.Tanh(), nn.GroupNorm(2, 4, affine=False), nn.SiLU()),
+    "batch_norm_output": lambda: Between(nn.Tanh(), nn.BatchNorm2d(4, affine=False), nn.SiLU(), nn.InstanceNorm2d(4)),
     "chunked_cross_entropy": lambda: Between(CrossEntropy()),
     "batch_norm_statistics": lambda: Between(nn.BatchNorm2d(4), nn.SiLU(), nn.BatchNorm2d(4, affine=False), nn.SiLU()),
     "convolution_transposed": lambda: Between(nn.Conv2d(4, 6, 3, 2, 1), nn.Conv2d(6, 6, 3, padding=1, groups=6)),

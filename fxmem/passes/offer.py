@@ -105,7 +105,7 @@ class _Offers:
         return self.order[node]
 
     def _stand_in(self, call: Call, node: fx.Node, code: fx.Node | None, what: str, implementation: Implementation) -> None:
-        after = code if what == "variant" and code is not None else node
+        after = code if what == "variant" and code is not None else max((node, *_nodes(call)), key=self._place)
         made = self._call(call, code, node, after, f"{node.name}_{implementation.name}")
         value, wanted = made.meta["val"], node.meta["val"]
         if (value.shape, value.stride(), value.dtype) != (wanted.shape, wanted.stride(), wanted.dtype):
