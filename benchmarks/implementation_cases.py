@@ -57,7 +57,9 @@ CASES: dict[str, Callable[[], nn.Module]] = {
     "group_norm_output": lambda: Between(nn.Tanh(), nn.GroupNorm(2, 4, affine=False), nn.SiLU()),
     "batch_norm_output": lambda: Between(nn.Tanh(), nn.BatchNorm2d(4, affine=False), nn.SiLU(), nn.InstanceNorm2d(4)),
     "chunked_cross_entropy": lambda: Between(CrossEntropy()),
-    "batch_norm_statistics": lambda: Between(nn.BatchNorm2d(4), nn.SiLU(), nn.BatchNorm2d(4, affine=False), nn.SiLU()),
+    "batch_norm_statistics": lambda: Between(
+        nn.Tanh(), nn.BatchNorm2d(4), nn.SiLU(), nn.BatchNorm2d(4, affine=False), nn.SiLU()
+    ),
     "convolution_transposed": lambda: Between(nn.Conv2d(4, 6, 3, 2, 1), nn.Conv2d(6, 6, 3, padding=1, groups=6)),
     "elu_output": lambda: Between(nn.ELU(0.7), nn.SELU(), nn.CELU(1.5)),
     "embedding_rows": lambda: Between(TiedHead(), channels=16),

@@ -21,11 +21,12 @@ def test_python_blocks_run(page, block, capsys):
         IMPLEMENTATIONS.clear()
         IMPLEMENTATIONS.update(before)
     expected = {
-        "README.md": "budget",
-        "docs/implementations.md": "is wrong",
-        "docs/how-it-works.md": "def forward(self, boxed_args)",
+        "README.md": ("budget",),
+        "docs/implementations.md": ("is wrong", "accurate "),
+        "docs/how-it-works.md": ("def forward(self, boxed_args)",),
     }
-    assert expected[page] in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert any(text in printed for text in expected[page])
 
 
 def test_readme_is_short():
