@@ -19,9 +19,50 @@ class Between(nn.Module):
         return self.layers(4 * self.before(x)) * 2
 
 
+class LayerNorm(nn.Module):
+    """Over rows of any length, without weights."""
+
+    def forward(self, x):
+        return nn.functional.layer_norm(x, x.shape[-1:])
+
+
+class CrossEntropy(nn.Module):
+    """Of a linear layer over the channels of every pixel; some rows are ignored."""
+
+    def __init__(self, channels: int = 4, classes: int = 30):
+        super().__init__()
+        self.head = nn.Linear(channels, classes)
+
+    def forward(self, x):
+        logits = self.head(x.movedim(1, -1).flatten(0, -2))
+        classes = torch.arange(len(logits), device=x.device).remainder(logits.shape[1])
+        return nn.functional.cross_entropy(logits, classes.where(classes > 0, -100))
+
+
+class TiedHead(nn.Module):
+    """Rows of a table are added to the pixels, and these multiplied by the same table."""
+
+    def __init__(self, width: int = 16, rows: int = 800):
+        super().__init__()
+        self.table = nn.Embedding(rows, width, padding_idx=2)
+
+    def forward(self, x):
+        pixels = x.movedim(1, -1).flatten(0, -2)
+        indices = torch.arange(len(pixels), device=x.device).remainder(7)
+        return (pixels + self.table(indices)) @ self.table.weight.t()
+
+
 CASES: dict[str, Callable[[], nn.Module]] = {
-    "batch_norm_statistics": lambda: Between(nn.BatchNorm2d(4), nn.SiLU(), nn.BatchNorm2d(4, affine=False), nn.SiLU()),
+    "layer_norm_output": lambda: Between(nn.Tanh(), LayerNorm(), nn.SiLU()),
+    "group_norm_output": lambda: Between(nn.Tanh(), nn.GroupNorm(2, 4, affine=False), nn.SiLU()),
+    "batch_norm_output": lambda: Between(nn.Tanh(), nn.BatchNorm2d(4, affine=False), nn.SiLU(), nn.InstanceNorm2d(4)),
+    "chunked_cross_entropy": lambda: Between(CrossEntropy()),
+    "batch_norm_statistics": lambda: Between(
+        nn.Tanh(), nn.BatchNorm2d(4), nn.SiLU(), nn.BatchNorm2d(4, affine=False), nn.SiLU()
+    ),
     "convolution_transposed": lambda: Between(nn.Conv2d(4, 6, 5, 2, 1), nn.Conv2d(6, 6, 5, padding=1)),
+    "elu_output": lambda: Between(nn.ELU(0.7), nn.SELU(), nn.CELU(1.5)),
+    "embedding_rows": lambda: Between(TiedHead(), channels=16),
     "relu_bits": lambda: Between(nn.ReLU()),
     "relu_input": lambda: Between(nn.ReLU()),
     "leaky_relu_bits": lambda: Between(nn.LeakyReLU(0.1)),

@@ -1,7 +1,7 @@
 """What operator implementations and operators in place save, what they cost, and how exact and how fast they are.
 
 `python -m benchmarks.implementations` plans the models of `benchmarks.step` for a roofline at several budgets: by recompute
-alone, with operators in place, with other implementations, and with both. `--measure` runs them, at the step's own sizes, on
+alone, with operators in place, with other implementations, with both, and with the accurate ones too. `--measure` runs them, at the step's own sizes, on
 this machine instead. `--table` makes the table of all implementations, and `--speed` compares masks as bits with a plain copy.
 `--monet` plans MONeT's five models at MONeT's batches and fractions of the plain peak (Shah et al. 2021, one P100). Results are
 stored; `python -m benchmarks.report` puts them into the documentation.
@@ -32,6 +32,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "in place": {"implementations": (), "inplace": True},
     "implementations": {"inplace": False},
     "all": {},
+    "all, accurate": {"exactness": "accurate"},
 }
 MONET = {  # fraction of the plain peak, and MONeT's own extra time there
     "resnet50": (4.99 / 15.06, 0.1195),

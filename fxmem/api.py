@@ -20,9 +20,7 @@ from .decisions import Frontier, Plan
 from .errors import BudgetError, CaptureError, CostError, InfeasibleBudgetError
 from .passes import Rematerialize
 from .prepared import Prepared, prepare
-from .schedule import Schedule
-from .solvers import frontier as solve_frontier
-from .solving import choose
+from .solving import choose_frontier, choose_program
 from .torch_internals import FakeTensor, pytree
 
 log = logging.getLogger(__name__)
@@ -79,10 +77,10 @@ def transform(
     _warn_of_hooks(module)
     cost = cost or _default_cost(module, args, kwargs)
     prepared = prepare(module, args, kwargs, cost, output_gradients, implementations, exactness, inplace)
-    plan_ = _plan(prepared, wanted, solver, time_limit_s)
-    joint = Rematerialize(solution=plan_.solution)(prepared.captured.joint).graph_module
+    chosen, plan_ = _plan(prepared, wanted, solver, time_limit_s)
+    joint = Rematerialize(solution=plan_.solution)(chosen.captured.joint).graph_module
     parts = partition(joint.graph, joint.meta["fxmem_regions"])
-    return assemble(module, prepared.captured, parts, args, kwargs, plan_, functools.partial(transform, **options))
+    return assemble(module, chosen.captured, parts, args, kwargs, plan_, functools.partial(transform, **options))
 
 
 def plan(
@@ -108,7 +106,7 @@ def plan(
     wanted = parse_budget(budget, max_overhead)
     module, args, kwargs = _example_call(module, example_inputs, example_kwargs)
     prepared = prepare(module, args, kwargs, cost, output_gradients, implementations, exactness, inplace)
-    return _plan(prepared, wanted, solver, time_limit_s)
+    return _plan(prepared, wanted, solver, time_limit_s)[1]
 
 
 def frontier(
@@ -128,8 +126,9 @@ def frontier(
         raise BudgetError(f"points={points!r} was given; a frontier has one point or more")
     module, args, kwargs = _example_call(module, example_inputs, example_kwargs)
     prepared = prepare(module, args, kwargs, cost, output_gradients, implementations, exactness)
-    solutions = solve_frontier(prepared.lowered.problem, points, time_limit_s=time_limit_s)
-    return Frontier(tuple(prepared.plan(solution, solution.timeline.peak_bytes) for solution in solutions))
+    problems = [program.lowered.problem for program in prepared.programs]
+    found = choose_frontier(problems, points, time_limit_s)
+    return Frontier(tuple(prepared.programs[n].plan(solution, solution.timeline.peak_bytes) for n, solution in found))
 
 
 def plans(
@@ -157,11 +156,12 @@ def plans(
     prepared, found = prepare(module, args, kwargs, costs[0], output_gradients, implementations, exactness), {}
     for number, cost in enumerate(costs):
         prepared = prepared.under(cost) if number else prepared
-        starts: list[Schedule] = []
+        starts: list[Plan] = []
         for budget in sorted(wanted, key=lambda b: _least_first(wanted[b], prepared.baseline.peak_bytes)):
             try:
-                plan_ = found[prepared.cost, budget] = _plan(prepared, wanted[budget], solver, time_limit_s, starts)
-                starts.append(plan_.solution.schedule)
+                _, plan_ = _plan(prepared, wanted[budget], solver, time_limit_s, starts)
+                found[prepared.cost, budget] = plan_
+                starts.append(plan_)
             except InfeasibleBudgetError as error:
                 found[prepared.cost, budget] = error
     names = dict.fromkeys(name for name, _ in found)
@@ -174,12 +174,18 @@ def _least_first(budget: Budget, plain_peak_bytes: int) -> float:
     return 0 if budget.least else budget.resolve(plain_peak_bytes)
 
 
-def _plan(prepared: Prepared, budget: Budget, solver: str, time_limit_s: float, starts: Sequence[Schedule] = ()) -> Plan:
+def _plan(
+    prepared: Prepared, budget: Budget, solver: str, time_limit_s: float, known: Sequence[Plan] = ()
+) -> tuple[Prepared, Plan]:
+    """The best plan, and the program that it is one of. known: earlier plans, to begin from."""
     plain_peak_bytes = prepared.baseline.peak_bytes
-    starts = (*starts, *prepared.partitioner_schedules()) if solver == "torch_budget" else starts
-    solution = choose(prepared.lowered.problem, budget, plain_peak_bytes, solver, time_limit_s, starts)
+    problems, starts = [p.lowered.problem for p in prepared.programs], {}
+    for number, program in enumerate(prepared.programs):
+        own = [p.solution.schedule for p in known if p.problem is problems[number]]
+        starts[number] = (*own, *(program.partitioner_schedules() if solver == "torch_budget" else ()))
+    number, solution = choose_program(problems, budget, plain_peak_bytes, solver, time_limit_s, starts)
     budget_bytes = None if budget.is_free else budget.resolve(plain_peak_bytes) or solution.timeline.peak_bytes
-    return prepared.plan(solution, budget_bytes)
+    return prepared.programs[number], prepared.programs[number].plan(solution, budget_bytes)
 
 
 def _example_call(

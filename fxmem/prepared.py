@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from .baseline import EagerTimeline, eager_timeline
 from .capture import Capture, capture
@@ -24,6 +25,7 @@ from .passes import (
     NameNodes,
     OfferImplementations,
     OwnGradients,
+    RewriteParts,
     ShapeProp,
     SplitConvolutions,
     UpdateBuffers,
@@ -38,7 +40,10 @@ CUDA_ALIGNMENT_BYTES = 512  # the caching allocator's granularity
 
 @dataclass(frozen=True)
 class Prepared:
-    """One capture, costed by one model. device: None where all tensors were on meta. seconds: what all of it took."""
+    """One capture, costed by one model. device: None where all tensors were on meta. seconds: what all of it took.
+
+    rewritten: the same step with parts of it written otherwise, where implementations offer that.
+    """
 
     model: str
     captured: Capture
@@ -47,6 +52,12 @@ class Prepared:
     baseline: EagerTimeline
     cost_model: CostModel
     seconds: float
+    rewritten: Prepared | None = None
+
+    @property
+    def programs(self) -> tuple[Prepared, ...]:
+        """The ways to write the step, the plain one first."""
+        return (self, self.rewritten) if self.rewritten else (self,)
 
     @property
     def cost(self) -> str:
@@ -72,7 +83,8 @@ class Prepared:
         Costs(model)(self.captured.joint)
         elsewhere = _on_gpu(model) != _on_gpu(self.cost_model)
         baseline = _baseline(self.captured, model) if elsewhere else self.baseline
-        return replace(self, lowered=lower(self.captured.joint), baseline=baseline, cost_model=model)
+        rewritten = self.rewritten and self.rewritten.under(model)
+        return replace(self, lowered=lower(self.captured.joint), baseline=baseline, cost_model=model, rewritten=rewritten)
 
     def partitioner_schedules(self) -> tuple[Schedule, ...]:
         """What PyTorch's own partitioner would do with this step (see `torch_budget`)."""
@@ -91,14 +103,15 @@ def prepare(
 ) -> Prepared:
     """Capture a module and run every pass that needs no budget."""
     offer = OfferImplementations(implementations, exactness)
+    rewrite, rewrite_backward = (RewriteParts(implementations, exactness, forward) for forward in (True, False))
     started = time.perf_counter()
     device = device_of(module, args, kwargs)
     model = _cost_model(cost, device)
     captured = capture(module, args, kwargs, output_gradients)
+    for graph_pass in (SplitConvolutions(), NameNodes(), MatchEager(), rewrite_backward):
+        graph_pass(captured.joint)
+    other = replace(captured, joint=fx.GraphModule(captured.joint, copy.deepcopy(captured.joint.graph)))
     passes = (
-        SplitConvolutions(),
-        NameNodes(),
-        MatchEager(),
         UpdateBuffers(),
         ShapeProp(alignment_bytes=CUDA_ALIGNMENT_BYTES if device and device.type == "cuda" else 1),
         OwnGradients(),
@@ -108,11 +121,16 @@ def prepare(
         *((MarkInplace(),) if inplace else ()),
         Costs(model),
     )
-    for graph_pass in passes:
-        graph_pass(captured.joint)
-    lowered = lower(captured.joint)
+
+    def finish(captured: Capture, baseline: EagerTimeline, rewritten: Prepared | None) -> Prepared:
+        for graph_pass in passes:
+            graph_pass(captured.joint)
+        seconds = time.perf_counter() - started
+        return Prepared(type(module).__name__, captured, device, lower(captured.joint), baseline, model, seconds, rewritten)
+
     baseline = _baseline(captured, model)
-    return Prepared(type(module).__name__, captured, device, lowered, baseline, model, time.perf_counter() - started)
+    rewritten = finish(other, baseline, None) if rewrite(other.joint).modified else None
+    return finish(captured, baseline, rewritten)
 
 
 def device_of(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> torch.device | None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from .budget import Budget
+from .errors import InfeasibleBudgetError
 from .problem import Problem
 from .schedule import Schedule, plain_schedule, simulate
-from .solvers import Solution, least_peak, solve
+from .solvers import Solution, frontier, least_peak, solve
+from .solvers.driver import NEARLY
 
 
 def choose(
@@ -26,3 +29,76 @@ def choose(
     if size_bytes is None:
         return least_peak(problem, max_overhead=budget.max_overhead, time_limit_s=time_limit_s, starts=starts)
     return solve(problem, size_bytes, solver=solver, time_limit_s=time_limit_s, starts=starts)
+
+
+def choose_program(
+    problems: Sequence[Problem],
+    budget: Budget,
+    plain_peak_bytes: int,
+    solver: str = "auto",
+    time_limit_s: float = 60.0,
+    starts: Mapping[int, Sequence[Schedule]] | None = None,
+) -> tuple[int, Solution]:
+    """The best of several ways to write one step: which of `problems`, the plain one first, and the Solution of it.
+
+    Each is solved, so that the answer is never worse than that of the plain one alone; but where nothing is to be recomputed,
+    or that costs less than another way of writing, the plain one is taken at once. Extra times are over the plain one's step.
+    starts: schedules to begin from, by problem. Raises InfeasibleBudgetError where none of them fits.
+    """
+    plain_s, found, errors = problems[0].plain_time_s or 1.0, {}, []
+    for number, problem in enumerate(problems):
+        slower = max(0.0, problem.plain_time_s / plain_s - 1) if number else 0.0
+        wanted = budget
+        if number and (budget.is_free or (0 in found and _is_settled(budget, found[0], slower))):
+            continue
+        if budget.max_overhead is not None:
+            wanted = replace(budget, max_overhead=(1 + budget.max_overhead) / (1 + slower) - 1)
+            if wanted.max_overhead < 0:
+                continue
+        try:
+            known = (starts or {}).get(number, ())
+            solution = choose(problem, wanted, plain_peak_bytes, solver, time_limit_s / len(problems), known)
+        except InfeasibleBudgetError as error:
+            errors.append(error)
+            continue
+        found[number] = _over_plain(solution, slower)
+    if not found:
+        raise min(errors, key=lambda error: error.min_budget_bytes)
+    low_bytes = min(solution.timeline.peak_bytes for solution in found.values())
+    if budget.least:  # as close to the least as `least_peak` itself goes
+        found = {n: s for n, s in found.items() if s.timeline.peak_bytes <= low_bytes * (1 + NEARLY)}
+    return min(found.items(), key=lambda item: _worth(item[1], least=budget.max_overhead is not None))
+
+
+def choose_frontier(problems: Sequence[Problem], points: int, time_limit_s: float) -> list[tuple[int, Solution]]:
+    """Up to `points` plans of several ways to write one step, the plain one first, from the largest peak to the least."""
+    plain_s, found = problems[0].plain_time_s or 1.0, []
+    for number, problem in enumerate(problems):
+        slower = max(0.0, problem.plain_time_s / plain_s - 1) if number else 0.0
+        solutions = frontier(problem, points, time_limit_s=time_limit_s / len(problems))
+        found += [(number, _over_plain(solution, slower)) for solution in solutions]
+    kept: list[tuple[int, Solution]] = []
+    for number, solution in sorted(found, key=lambda item: _worth(item[1], least=True)):
+        if not kept or solution.timeline.overhead < kept[-1][1].timeline.overhead:
+            kept.append((number, solution))
+    last = len(kept) - 1
+    chosen = {round(k * last / max(1, points - 1)) for k in range(points)} if len(kept) > points else set(range(len(kept)))
+    return [kept[k] for k in sorted(chosen, reverse=True)]
+
+
+def _is_settled(budget: Budget, plain: Solution, slower: float) -> bool:
+    """Whether no plan of a program that is so much slower can be better than that of the plain one."""
+    return not budget.least and budget.max_overhead is None and plain.timeline.overhead <= slower
+
+
+def _over_plain(solution: Solution, slower: float) -> Solution:
+    """With its extra times over the step of another program, which takes 1 / (1 + slower) of its own one's time."""
+    if not slower:
+        return solution
+    extra, bound = ((1 + o) * (1 + slower) - 1 for o in (solution.timeline.overhead, solution.lower_bound_overhead))
+    return replace(solution, timeline=replace(solution.timeline, overhead=extra), lower_bound_overhead=bound)
+
+
+def _worth(solution: Solution, least: bool) -> tuple[float, float]:
+    pair = solution.timeline.overhead, solution.timeline.peak_bytes
+    return pair[::-1] if least else pair

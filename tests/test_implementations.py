@@ -1,5 +1,6 @@
 """Every implementation, forced wherever it applies, against the plain operator."""
 
+import contextlib
 import copy
 import os
 import pickle
@@ -15,8 +16,10 @@ import fxmem
 from benchmarks.implementation_cases import CASES, Between, images
 from fxmem.checking import force
 from fxmem.errors import ImplementationError
+from fxmem.graph_meta import is_backward
 from fxmem.implementations import CODE, IMPLEMENTATIONS, Call, Choice, bits, choose_implementations, hardtanh, max_pool, relu
 from fxmem.passes import OfferImplementations
+from fxmem.prepared import prepare
 
 aten = torch.ops.aten
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
@@ -42,6 +45,8 @@ def test_gradients_and_bytes_are_as_promised(name, dtype):
     found = fxmem.check_implementation(name, module, (images(dtype),))
     assert found.places >= 1 and found.measured_peak_bytes <= found.predicted_peak_bytes
     assert found.is_bitwise or IMPLEMENTATIONS[name].exactness == "accurate"
+    if dtype is torch.float32:  # what is bitwise belongs into that class
+        assert found.is_bitwise == (IMPLEMENTATIONS[name].exactness == "bitwise")
 
 
 @pytest.mark.parametrize("name", [n for n in CASES if "dropout" not in n and (n, torch.float64) not in NOT_BITWISE])
@@ -72,7 +77,11 @@ def test_other_layouts(name, layout):
         "transposed": x.transpose(2, 3),
         "empty": x[:0],
     }[layout].requires_grad_()
-    module = nn.Sequential(CASES[name](), nn.Flatten())
+    module = nn.Sequential(CASES[name](), nn.Flatten(0))
+    if IMPLEMENTATIONS[name].exactness == "accurate":
+        with contextlib.suppress(ImplementationError) if layout == "empty" else contextlib.nullcontext():
+            fxmem.check_implementation(name, module, (x,))
+        return
     try:
         planned, _ = force(name, copy.deepcopy(module), (x,), {})
     except fxmem.CaptureError as error:
@@ -135,6 +144,7 @@ def test_a_bit_saves_what_nobody_else_keeps():
 def test_names_are_chosen():
     everything = {i.name for i in choose_implementations(None, "accurate")}
     assert everything == set(IMPLEMENTATIONS)
+    assert {i.exactness for i in choose_implementations(None, "bitwise")} == {"bitwise"}
     assert {i.name for i in choose_implementations(("relu_bits",), "bitwise")} == {"relu_bits"}
     assert {i.name for i in choose_implementations(("-relu_bits",), "accurate")} == everything - {"relu_bits"}
     assert choose_implementations((), "bitwise") == ()
@@ -162,6 +172,31 @@ def registered():
     yield fxmem.register_implementation
     IMPLEMENTATIONS.clear()
     IMPLEMENTATIONS.update(before)
+
+
+@pytest.mark.parametrize(
+    ("layer", "kept"),
+    [
+        (nn.Sigmoid(), "sigmoid"),
+        (nn.Tanh(), "tanh"),
+        (nn.Softmax(-1), "softmax"),
+        (nn.LogSoftmax(-1), "log_softmax"),
+        (nn.ReLU(), "relu"),
+        (nn.GELU(), "mul"),
+        (nn.GELU("tanh"), "mul"),
+        (nn.SiLU(), "mul"),
+        (nn.Hardswish(), "mul"),
+        (nn.ELU(), "mul"),
+        (nn.LeakyReLU(), "mul"),
+    ],
+    ids=str,
+)
+def test_an_activation_keeps_one_tensor(layer, kept):
+    """PyTorch's own backward reads the output where that is enough, else the input ("mul" makes it here), and never both."""
+    joint = prepare(Between(layer), (images(),), {}, "cpu").captured.joint
+    backward = next(n for n in joint.graph.nodes if "backward" in n.name and "fxmem_offers" not in n.meta)
+    read = [n.name.removeprefix("layers_0_") for n in backward.all_input_nodes if not is_backward(n)]
+    assert read == [kept]
 
 
 def test_a_wrong_gradient_is_caught(registered):

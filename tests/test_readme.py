@@ -21,12 +21,13 @@ def test_python_blocks_run(page, block, capsys):
         IMPLEMENTATIONS.clear()
         IMPLEMENTATIONS.update(before)
     expected = {
-        "README.md": "budget",
-        "docs/implementations.md": "is wrong",
-        "docs/how-it-works.md": "def forward(self, boxed_args)",
-        "docs/memory.md": "1 3072 ((2, 3),) 4\n" if "sharing_curve" in block else "optimal: 4 intervals in 5632 bytes",
+        "README.md": ("budget",),
+        "docs/implementations.md": ("is wrong", "accurate "),
+        "docs/how-it-works.md": ("def forward(self, boxed_args)",),
+        "docs/memory.md": ("1 3072 ((2, 3),) 4\n", "optimal: 4 intervals in 5632 bytes"),
     }
-    assert expected[page] in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert any(text in printed for text in expected[page])
 
 
 def test_readme_is_short():

@@ -5,6 +5,7 @@ of the table can be planned for from any machine."""
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import torch
@@ -19,6 +20,7 @@ aten = torch.ops.aten
 ALLOCATIONS = {aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided}
 LOOKUPS = {aten.embedding, aten.index, aten.index_select, aten.gather}  # read as much of their table as they return
 CONVOLUTIONS = {aten.convolution, aten.convolution_backward, aten._convolution, aten.cudnn_convolution}
+PARTS: dict[object, Callable[[OpCall], Iterable[OpCall]]] = {}  # for operators made of others: those, whose times add up
 
 
 class RooflineCost:
@@ -40,11 +42,14 @@ class RooflineCost:
         """Roofline cost of one operator call on fake tensors."""
         if call.is_alias or call.packet in ALLOCATIONS or not call.outputs:
             return OpCost(0.0, 0)
+        inside_bytes = workspace_bytes(replace(call, on_gpu=self.on_gpu))
+        if call.packet in PARTS:
+            return OpCost(sum(self.cost_of_call(part).time_s for part in PARTS[call.packet](call)), inside_bytes)
         device = self._device
         dtype = next((t.dtype for t in call.inputs if t.is_floating_point()), torch.float32)
         arithmetic_s = flops(call) / device.flops_per_s(dtype, convolution=call.packet in CONVOLUTIONS)
         traffic_s = moved_bytes(call) / device.bytes_per_s
-        return OpCost(max(arithmetic_s, traffic_s) + device.launch_s, workspace_bytes(replace(call, on_gpu=self.on_gpu)))
+        return OpCost(max(arithmetic_s, traffic_s) + device.launch_s, inside_bytes)
 
 
 def flops(call: OpCall) -> int:

@@ -2,15 +2,29 @@
 
 An implementation looks at one backward node and offers a `Choice`: another operator in its place, and, where that reads
 something that the graph does not hold, what makes it in the forward. The solver chooses, node by node, together with what is
-kept and recomputed. Every module of this package is imported here, so a new family is one new file.
+kept and recomputed. Or it offers a `Rewrite`: one operator for a part of forward and backward together; then the step is
+planned both ways, and the better plan is taken. Every module of this package is imported here, so a new family is one new file.
 """
 
 import importlib
 import pkgutil
 
-from .base import CODE, IMPLEMENTATIONS, Call, Choice, Implementation, choose_implementations, register_implementation
+from .base import (
+    CODE,
+    IMPLEMENTATIONS,
+    Call,
+    Choice,
+    Implementation,
+    Result,
+    Rewrite,
+    choose_implementations,
+    register_implementation,
+)
 
-__all__ = ["CODE", "IMPLEMENTATIONS", "Call", "Choice", "Implementation", "choose_implementations", "register_implementation"]
+__all__ = [
+    "CODE", "IMPLEMENTATIONS", "Call", "Choice", "Implementation", "Result", "Rewrite", "choose_implementations",
+    "register_implementation",
+]  # fmt: skip
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,17 +48,42 @@ class Choice:
 
 
 @dataclass(frozen=True)
+class Result:
+    """Among a Rewrite's arguments: one of the results of its operator."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """Another way to run several operators of the step.
+
+    made: nodes of the step, and what is to stand in the place of each: a Call, or a result of `forward`. What then nobody
+        reads is gone. forward: where forward and backward are written anew together, an operator with a tuple of results that
+        runs in the place of the forward node `at`, and is read by `made` as `Result`.
+
+    With a `forward`, the step is planned both ways, and the better plan is taken. Without, the rewrite is always made: offer it
+    where it can only be better.
+    """
+
+    made: Mapping[fx.Node, Result | Call]
+    forward: Call | None = None
+    at: fx.Node | None = None
+
+
+@dataclass(frozen=True)
 class Implementation:
     """Another way to write operators' backward, which keeps something else for it.
 
-    name: what users choose it by. serves: targets of the backward nodes that `choose` is asked about; it gives a Choice, or
-    None where it does not apply. exactness: "bitwise" (gradients are those of the plain operator, bit for bit) or "accurate".
+    name: what users choose it by. serves: targets of the backward nodes that `choose` is asked about; it gives a Choice, a
+    Rewrite, or None where it does not apply. exactness: "bitwise" (gradients are those of the plain operator, bit for bit) or
+    "accurate".
     """
 
     name: str
     serves: tuple[Any, ...]
     exactness: str
-    choose: Callable[[fx.Node], Choice | None]
+    choose: Callable[[fx.Node], Choice | Rewrite | None]
 
 
 IMPLEMENTATIONS: dict[str, Implementation] = {}

@@ -2,6 +2,7 @@
 
 MatchEager      makes a captured joint graph round as the plain module does
 SplitConvolutions   the backward of a convolution as two operators
+RewriteParts    several operators written as others
 NameNodes       names nodes after modules and what they compute
 UpdateBuffers   writes buffers where they change
 ShapeProp       fake values and storages of every node
@@ -24,11 +25,12 @@ from .offer import OfferImplementations
 from .own_gradients import OwnGradients
 from .regions import MarkRegions
 from .rematerialize import Rematerialize
+from .rewrite import RewriteParts
 from .shape_prop import ShapeProp
 from .split_convolutions import SplitConvolutions
 from .update_buffers import UpdateBuffers
 
 __all__ = [
     "Costs", "Liveness", "MarkInplace", "MarkRegions", "MatchEager", "NameNodes", "OfferImplementations", "OwnGradients",
-    "Pass", "Rematerialize", "ShapeProp", "SplitConvolutions", "UpdateBuffers",
+    "Pass", "Rematerialize", "RewriteParts", "ShapeProp", "SplitConvolutions", "UpdateBuffers",
 ]  # fmt: skip

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import fx
 
 from ..errors import ImplementationError
 from ..graph_meta import StorageInfo, is_backward, require, rounded, source_of
-from ..implementations import CODE, Call, Choice, Implementation, choose_implementations
+from ..implementations import CODE, Call, Choice, Implementation, Rewrite, choose_implementations
 from ..torch_internals import fake_mode_of, pytree
 from .base import Pass
 
@@ -40,6 +41,15 @@ class OfferImplementations(Pass):
         return offers.added
 
 
+@contextlib.contextmanager
+def naming_failures(implementation: Implementation, node: fx.Node) -> Iterator[None]:
+    """Whatever an implementation raises, as an ImplementationError that names it and the node."""
+    try:
+        yield
+    except Exception as error:
+        raise ImplementationError(f"implementation {implementation.name!r} fails on {source_of(node)}: {error}") from error
+
+
 class _Offers:
     """The nodes added so far; what two implementations encode alike is encoded once."""
 
@@ -53,12 +63,10 @@ class _Offers:
         self.added = False
 
     def add(self, implementation: Implementation, node: fx.Node) -> None:
-        try:
+        with naming_failures(implementation, node):
             choice = implementation.choose(node)
-            if choice is not None:
+            if choice is not None and not isinstance(choice, Rewrite):
                 self._write(choice, node, implementation)
-        except Exception as error:
-            raise ImplementationError(f"implementation {implementation.name!r} fails on {source_of(node)}: {error}") from error
 
     def _write(self, choice: Choice, node: fx.Node, implementation: Implementation) -> None:
         if choice.encode and not self._encodes_forward(choice.encode):
@@ -97,7 +105,7 @@ class _Offers:
         return self.order[node]
 
     def _stand_in(self, call: Call, node: fx.Node, code: fx.Node | None, what: str, implementation: Implementation) -> None:
-        after = code if what == "variant" and code is not None else node
+        after = code if what == "variant" and code is not None else max((node, *_nodes(call)), key=self._place)
         made = self._call(call, code, node, after, f"{node.name}_{implementation.name}")
         value, wanted = made.meta["val"], node.meta["val"]
         if (value.shape, value.stride(), value.dtype) != (wanted.shape, wanted.stride(), wanted.dtype):

@@ -1,0 +1,93 @@
+"""Several operators written as others, where an implementation offers that."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..graph_meta import is_backward
+from ..implementations import Call, Implementation, Result, Rewrite, choose_implementations
+from ..torch_internals import fake_mode_of, pytree
+from .base import Pass
+from .offer import naming_failures
+
+
+class RewriteParts(Pass):
+    """Applies every `Rewrite` that implementations offer; new nodes carry `meta["fxmem_implementation"]`, the graph module the
+    number of rewrites in `meta["fxmem_rewrites"]`.
+
+    names, exactness: as for `fxmem.transform`. forward: whether those are applied that change the forward, too; if the step is
+    better so is for the caller to find out. Needs `meta["val"]`, and runs before ShapeProp. Raises ImplementationError, naming
+    it, for an implementation that fails.
+    """
+
+    def __init__(self, names: Sequence[str] | None = None, exactness: str = "bitwise", forward: bool = True):
+        super().__init__()
+        self.implementations, self.forward = choose_implementations(names, exactness), forward
+
+    def apply(self, graph_module: fx.GraphModule) -> bool:
+        graph, count = graph_module.graph, 0
+        for implementation in self.implementations:
+            for target in implementation.serves:
+                for node in [n for n in graph.find_nodes(op="call_function", target=target) if is_backward(n)]:
+                    with naming_failures(implementation, node):
+                        found = implementation.choose(node)
+                        if isinstance(found, Rewrite) and (self.forward or not found.forward):
+                            _Writer(graph, found, implementation).write()
+                            count += 1
+        graph_module.meta["fxmem_rewrites"] = graph_module.meta.get("fxmem_rewrites", 0) + count
+        return count > 0
+
+
+class _Writer:
+    """One rewrite of a graph."""
+
+    def __init__(self, graph: fx.Graph, rewrite: Rewrite, implementation: Implementation):
+        self.graph, self.rewrite, self.implementation = graph, rewrite, implementation
+        self.results: dict[int, fx.Node] = {}
+
+    def write(self) -> None:
+        made = self.rewrite.made
+        if self.rewrite.forward:
+            wanted = {a.index for n in made for a in pytree.tree_leaves(_arguments(made[n])) if isinstance(a, Result)}
+            self._run_forward(self.rewrite.forward, self.rewrite.at, sorted(wanted))
+        for node, source in made.items():
+            with self.graph.inserting_before(node):
+                new = self._call(source, node, node.name) if isinstance(source, Call) else self.results[source.index]
+            node.replace_all_uses_with(new)
+            self._erase(node)
+
+    def _run_forward(self, call: Call, at: fx.Node, wanted: list[int]) -> None:
+        with self.graph.inserting_before(at):
+            whole = self._call(call, at, f"{at.name}_{self.implementation.name}")
+            for index in wanted:
+                self.results[index] = self._call(Call(operator.getitem, (whole, index)), at, f"{whole.name}_{index}")
+
+    def _call(self, call: Call, beside: fx.Node, name: str) -> fx.Node:
+        """A node of the module of `beside`, on the same side of the step."""
+        args, kwargs = pytree.tree_map(
+            lambda a: self.results[a.index] if isinstance(a, Result) else a, (call.args, dict(call.kwargs))
+        )
+        node = self.graph.create_node("call_function", call.target, args, kwargs, name)
+        values, named = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
+        with torch.no_grad(), fake_mode_of((values, named), allow_real=True):
+            value: Any = call.target(*values, **named)
+        node.meta = beside.meta | {"val": value, "fxmem_implementation": self.implementation.name}
+        return node
+
+    def _erase(self, node: fx.Node) -> None:
+        """Take out a node that nobody reads, and what then nobody reads."""
+        pending = {node: None}
+        while pending:
+            top, _ = pending.popitem()
+            if not top.users and top.op == "call_function" and not top.is_impure():
+                pending |= dict.fromkeys(top.all_input_nodes)
+                self.graph.erase_node(top)
+
+
+def _arguments(source: Result | Call) -> Any:
+    return (source.args, source.kwargs) if isinstance(source, Call) else source
