@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from .problem import Problem
-from .report.summary import summarize
+from .report.account import account_of_frontier, account_of_plan
+from .report.summary import as_html, as_rich, as_text
 from .solvers import Solution
 
 
@@ -60,11 +61,18 @@ class Plan:
         return self.solution.solve_time_s
 
     def summary(self) -> str:
-        """A table: peaks before and after by kind, what is kept and recomputed by module, time, status and gap."""
-        return summarize(self)
+        """One screen of text: peaks before and after by kind, extra time, status and gap, the largest storages at the peak, what
+        is kept and recomputed by module, and which implementations were chosen."""
+        return as_text(account_of_plan(self))
 
     def __str__(self) -> str:
         return self.summary()
+
+    def __rich__(self):
+        return as_rich(account_of_plan(self))
+
+    def _repr_html_(self) -> str:
+        return as_html(account_of_plan(self))
 
 
 @dataclass(frozen=True)
@@ -83,7 +91,10 @@ class Frontier(Sequence):
         return iter(self.plans)
 
     def __str__(self) -> str:
-        rows = [
-            f"{plan.predicted_peak_bytes:>20,} {100 * plan.predicted_overhead:>11.1f} %  {plan.status}" for plan in self.plans
-        ]
-        return "\n".join([f"{'peak (bytes)':>20} {'extra time':>13}  status", *rows])
+        return as_text(account_of_frontier(self))
+
+    def __rich__(self):
+        return as_rich(account_of_frontier(self))
+
+    def _repr_html_(self) -> str:
+        return as_html(account_of_frontier(self))
