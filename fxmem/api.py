@@ -21,6 +21,7 @@ from .errors import BudgetError, CaptureError, CostError, InfeasibleBudgetError
 from .passes import Rematerialize
 from .prepared import Prepared, prepare
 from .schedule import Schedule
+from .solvers import find_solver, solve_alone
 from .solvers import frontier as solve_frontier
 from .solving import choose
 from .torch_internals import FakeTensor, pytree
@@ -122,14 +123,30 @@ def frontier(
     output_gradients: str | Sequence[int] | None = None,
     implementations: Sequence[str] | None = None,
     exactness: str = "bitwise",
+    peers: Sequence[str] = (),
 ) -> Frontier:
-    """Up to `points` Plans from no recompute to the least reachable peak, from one capture. Otherwise as for `plan`."""
+    """Up to `points` Plans from no recompute to the least reachable peak, from one capture.
+
+    peers: names of other solvers whose plans within the same budgets are to stand beside them. Otherwise as for `plan`.
+    """
     if points < 1:
         raise BudgetError(f"points={points!r} was given; a frontier has one point or more")
+    for name in peers:
+        find_solver(name)
     module, args, kwargs = _example_call(module, example_inputs, example_kwargs)
     prepared = prepare(module, args, kwargs, cost, output_gradients, implementations, exactness)
     solutions = solve_frontier(prepared.lowered.problem, points, time_limit_s=time_limit_s)
-    return Frontier(tuple(prepared.plan(solution, solution.timeline.peak_bytes) for solution in solutions))
+    found = tuple(prepared.plan(solution, solution.timeline.peak_bytes) for solution in solutions)
+    return Frontier(found, {name: _peer(prepared, name, found) for name in peers})
+
+
+def _peer(prepared: Prepared, solver: str, plans_: Sequence[Plan]) -> tuple[Plan, ...]:
+    """What another solver finds by itself within the budgets of some plans."""
+    problem = prepared.lowered.problem
+    starts = prepared.partitioner_schedules() if solver == "torch_budget" else ()
+    budgets = (plan_.predicted_peak_bytes for plan_ in plans_ if plan_.predicted_overhead)
+    found = (solve_alone(problem, budget_bytes, solver, starts) for budget_bytes in budgets)
+    return tuple(prepared.plan(solution, solution.timeline.peak_bytes) for solution in found if solution)
 
 
 def plans(

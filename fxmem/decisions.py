@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .problem import Problem
 from .report.account import account_of_frontier, account_of_plan
+from .report.drawing import draw
+from .report.plots import plot_frontier, plot_schedule, plot_timeline
 from .report.summary import as_html, as_rich, as_text
 from .solvers import Solution
 
@@ -65,6 +67,21 @@ class Plan:
         is kept and recomputed by module, and which implementations were chosen."""
         return as_text(account_of_plan(self))
 
+    def plot_timeline(self):
+        """Memory over the step, stacked by kind, with nothing recomputed and as planned: two matplotlib Axes (extra "plot")."""
+        return plot_timeline(self)
+
+    def plot_schedule(self, axes=None):
+        """Operators over time: kept, run, run in place, run again. matplotlib Axes, drawn into `axes` where given."""
+        return plot_schedule(self, axes)
+
+    def draw(self, module: str | None = None, axes=None):
+        """The graph of one module ("": of all), coloured by what becomes of each storage. matplotlib Axes.
+
+        module: None for everything where that is small, else for the module that recomputes most.
+        """
+        return draw(self, module, axes)
+
     def __str__(self) -> str:
         return self.summary()
 
@@ -77,9 +94,13 @@ class Plan:
 
 @dataclass(frozen=True)
 class Frontier(Sequence):
-    """Plans from no recompute to the least reachable peak: a smaller peak never costs less time."""
+    """Plans from no recompute to the least reachable peak: a smaller peak never costs less time.
+
+    peers: by the name of another method, its plans within the same budgets.
+    """
 
     plans: tuple[Plan, ...]
+    peers: dict[str, tuple[Plan, ...]] = field(default_factory=dict)
 
     def __getitem__(self, index):
         return self.plans[index]
@@ -89,6 +110,10 @@ class Frontier(Sequence):
 
     def __iter__(self) -> Iterator[Plan]:
         return iter(self.plans)
+
+    def plot(self, axes=None):
+        """Peak against extra time, with the peers where they were computed: matplotlib Axes (extra "plot")."""
+        return plot_frontier(self, axes)
 
     def __str__(self) -> str:
         return as_text(account_of_frontier(self))

@@ -31,17 +31,17 @@ def plot_timeline(plan: Plan) -> tuple[Any, Any]:
     for axes, (schedule, timeline), title in zip((above, below), runs, ("Nothing recomputed", "Planned"), strict=True):
         edges, label = _edges(problem, schedule)
         _stack(axes, bytes_by_kind(problem, schedule, timeline), edges, size)
-        _peak(axes, timeline, edges, size)
+        _peak(axes, timeline, edges, size, 1.07 * highest / size)
         end = edges[forward_length(problem, schedule)]
         axes.axvline(end, color="black", linewidth=0.8, linestyle=":")
-        axes.annotate("backward", (end, 0), xytext=(4, 4), textcoords="offset points", fontsize=9, color="white")
+        axes.text(end, 0.985, " backward", transform=axes.get_xaxis_transform(), va="top", fontsize=9)
         axes.set(ylabel=f"memory ({unit})", title=f"{plan.model}: {title[0].lower()}{title[1:]}")
-        axes.set_ylim(0, 1.2 * highest / size)
+        axes.set_ylim(0, 1.3 * highest / size)
     above.axhline(plan.baseline_peak_bytes / size, color="black", linewidth=1.2, linestyle="--", label="plain PyTorch's peak")
     if plan.budget_bytes is not None:
         below.axhline(plan.budget_bytes / size, color="black", linewidth=1.2, label="budget")
     below.set(xlabel=label)
-    below.margins(x=0)
+    below.set_xlim(0, edges[-1])
     handles = {text: handle for axes in (above, below) for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     return above, below
@@ -68,13 +68,13 @@ def _stack(axes: Any, series: dict[str, list[int]], edges: list[float], size: fl
     )
 
 
-def _peak(axes: Any, timeline: Timeline, edges: list[float], size: float) -> None:
-    """An arrow to the highest point, from above it."""
+def _peak(axes: Any, timeline: Timeline, edges: list[float], size: float, height: float) -> None:
+    """An arrow to the highest point, from a label at `height`."""
     x, y = (edges[timeline.peak_step] + edges[timeline.peak_step + 1]) / 2, timeline.peak_bytes / size
     side = "right" if x > 0.6 * edges[-1] else "left"
     axes.annotate(
-        f"peak {format_bytes(timeline.peak_bytes)}", (x, y), xytext=(0, 14), textcoords="offset points", ha=side, fontsize=10,
-        arrowprops={"arrowstyle": "->", "linewidth": 1}, bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1.5},
+        f"peak {format_bytes(timeline.peak_bytes)}", (x, y), xytext=(x, height), ha=side, va="bottom", fontsize=10,
+        arrowprops={"arrowstyle": "->", "linewidth": 1, "relpos": (side == "right", 0)},
     )  # fmt: skip
 
 
