@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,14 +17,15 @@ from .codegen.calls import canonical_call
 from .codegen.partition import partition
 from .codegen.planned import PlannedModule, assemble, check_names
 from .cost import CostModel
+from .deciding import Question, decide, given_plan, solve_for
 from .decisions import Frontier, Plan
 from .errors import BudgetError, CaptureError, CostError, InfeasibleBudgetError
 from .passes import Rematerialize
 from .prepared import Prepared, prepare
+from .progress import detail, phase, showing
 from .schedule import Schedule
 from .solvers import find_solver, solve_alone
 from .solvers import frontier as solve_frontier
-from .solving import choose
 from .torch_internals import FakeTensor, pytree
 
 log = logging.getLogger(__name__)
@@ -43,6 +45,9 @@ def transform(
     implementations: Sequence[str] | None = None,
     exactness: str = "bitwise",
     inplace: bool = True,
+    plan: Plan | str | os.PathLike | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    progress: bool | None = None,
 ) -> PlannedModule:
     """A module that computes what `module` computes, outputs, gradients and buffers alike, with its peak under a budget.
 
@@ -59,31 +64,33 @@ def transform(
     implementations: names in `fxmem.implementations.IMPLEMENTATIONS` that the solver may choose from: None (all), or a tuple of
         names; "-name" leaves one out, () leaves all out. exactness: "bitwise", or "accurate" to allow those too whose gradients
         differ in the last bits. inplace: whether results may be written over operands that die.
+    plan: instead of a budget, a Plan or the file of one (`Plan.save`) for this module and call: nothing is solved, and
+        output_gradients, implementations, exactness and inplace are the plan's.
+    cache_dir: a folder where plans are kept from run to run; what was planned there before is not solved again.
+    progress: False for silence; otherwise a line in the terminal tells what takes so long, where rich is installed.
 
     The peak counts parameters, buffers, inputs, all that is computed, gradients of parameters and inputs, and workspaces.
-    Raises BudgetError, InfeasibleBudgetError, CaptureError and CostError, all of them FxmemError; `module` is then untouched.
+    Raises BudgetError, InfeasibleBudgetError, CaptureError, CostError and PlanError, all of them FxmemError; `module` is then
+    untouched.
     """
-    wanted = parse_budget(budget, max_overhead)
-    options = dict(
-        budget=budget,
-        max_overhead=max_overhead,
-        cost=cost,
-        solver=solver,
-        time_limit_s=time_limit_s,
-        output_gradients=output_gradients,
-        implementations=implementations,
-        exactness=exactness,
-        inplace=inplace,
-    )
+    given, graph_options = None, dict(
+        output_gradients=output_gradients, implementations=implementations, exactness=exactness, inplace=inplace
+    )  # fmt: skip
+    if plan is not None:
+        given = given_plan(plan, budget, max_overhead)
+        graph_options = {name: getattr(given.origin, name) for name in graph_options}
+    ask = given.asked if given else parse_budget(budget, max_overhead)
+    options = dict(cost=cost, solver=solver, time_limit_s=time_limit_s, cache_dir=cache_dir, progress=progress)
+    again = functools.partial(transform, **ask.as_arguments(), **graph_options, **options)
     module, args, kwargs = _example_call(module, example_inputs, example_kwargs)
     check_names(module)
     _warn_of_hooks(module)
-    cost = cost or _default_cost(module, args, kwargs)
-    prepared = prepare(module, args, kwargs, cost, output_gradients, implementations, exactness, inplace)
-    plan_ = _plan(prepared, wanted, solver, time_limit_s)
-    joint = Rematerialize(solution=plan_.solution)(prepared.captured.joint).graph_module
-    parts = partition(joint.graph, joint.meta["fxmem_regions"])
-    return assemble(module, prepared.captured, parts, args, kwargs, plan_, functools.partial(transform, **options))
+    with showing(progress):
+        question = Question(ask, cost or _default_cost(module, args, kwargs), solver, time_limit_s, graph_options)
+        prepared, plan_ = decide(module, args, kwargs, question, given, cache_dir)
+        joint = Rematerialize(solution=plan_.solution)(prepared.captured.joint).graph_module
+        parts = partition(joint.graph, joint.meta["fxmem_regions"])
+        return assemble(module, prepared.captured, parts, args, kwargs, plan_, again)
 
 
 def plan(
@@ -100,16 +107,21 @@ def plan(
     implementations: Sequence[str] | None = None,
     exactness: str = "bitwise",
     inplace: bool = True,
+    cache_dir: str | os.PathLike | None = None,
+    progress: bool | None = None,
 ) -> Plan:
     """What `transform` would decide, without making the module: nothing is executed, nothing of the model's size allocated.
 
     Parameters and inputs may be fake or meta tensors, so that what no machine at hand can hold is planned on a laptop.
     `cost="measured"`, which is `transform`'s default, times operators one by one. Otherwise as for `transform`.
     """
-    wanted = parse_budget(budget, max_overhead)
+    graph_options = dict(
+        output_gradients=output_gradients, implementations=implementations, exactness=exactness, inplace=inplace
+    )
+    question = Question(parse_budget(budget, max_overhead), cost, solver, time_limit_s, graph_options)
     module, args, kwargs = _example_call(module, example_inputs, example_kwargs)
-    prepared = prepare(module, args, kwargs, cost, output_gradients, implementations, exactness, inplace)
-    return _plan(prepared, wanted, solver, time_limit_s)
+    with showing(progress):
+        return decide(module, args, kwargs, question, None, cache_dir)[1]
 
 
 def frontier(
@@ -124,6 +136,7 @@ def frontier(
     implementations: Sequence[str] | None = None,
     exactness: str = "bitwise",
     peers: Sequence[str] = (),
+    progress: bool | None = None,
 ) -> Frontier:
     """Up to `points` Plans from no recompute to the least reachable peak, from one capture.
 
@@ -134,10 +147,12 @@ def frontier(
     for name in peers:
         find_solver(name)
     module, args, kwargs = _example_call(module, example_inputs, example_kwargs)
-    prepared = prepare(module, args, kwargs, cost, output_gradients, implementations, exactness)
-    solutions = solve_frontier(prepared.lowered.problem, points, time_limit_s=time_limit_s)
-    found = tuple(prepared.plan(solution, solution.timeline.peak_bytes) for solution in solutions)
-    return Frontier(found, {name: _peer(prepared, name, found) for name in peers})
+    with showing(progress):
+        prepared = prepare(module, args, kwargs, cost, output_gradients, implementations, exactness)
+        phase("solving")
+        solutions = solve_frontier(prepared.lowered.problem, points, time_limit_s=time_limit_s, progress=detail)
+        found = tuple(prepared.plan(solution, solution.timeline.peak_bytes) for solution in solutions)
+        return Frontier(found, {name: _peer(prepared, name, found) for name in peers})
 
 
 def _peer(prepared: Prepared, solver: str, plans_: Sequence[Plan]) -> tuple[Plan, ...]:
@@ -177,7 +192,7 @@ def plans(
         starts: list[Schedule] = []
         for budget in sorted(wanted, key=lambda b: _least_first(wanted[b], prepared.baseline.peak_bytes)):
             try:
-                plan_ = found[prepared.cost, budget] = _plan(prepared, wanted[budget], solver, time_limit_s, starts)
+                plan_ = found[prepared.cost, budget] = solve_for(prepared, wanted[budget], solver, time_limit_s, starts)
                 starts.append(plan_.solution.schedule)
             except InfeasibleBudgetError as error:
                 found[prepared.cost, budget] = error
@@ -189,14 +204,6 @@ def _least_first(budget: Budget, plain_peak_bytes: int) -> float:
     if budget.is_free:
         return float("inf")
     return 0 if budget.least else budget.resolve(plain_peak_bytes)
-
-
-def _plan(prepared: Prepared, budget: Budget, solver: str, time_limit_s: float, starts: Sequence[Schedule] = ()) -> Plan:
-    plain_peak_bytes = prepared.baseline.peak_bytes
-    starts = (*starts, *prepared.partitioner_schedules()) if solver == "torch_budget" else starts
-    solution = choose(prepared.lowered.problem, budget, plain_peak_bytes, solver, time_limit_s, starts)
-    budget_bytes = None if budget.is_free else budget.resolve(plain_peak_bytes) or solution.timeline.peak_bytes
-    return prepared.plan(solution, budget_bytes)
 
 
 def _example_call(

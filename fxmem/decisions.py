@@ -2,15 +2,38 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+from .budget import Budget
 from .problem import Problem
 from .report.account import account_of_frontier, account_of_plan
 from .report.drawing import draw
 from .report.plots import plot_frontier, plot_schedule, plot_timeline
+from .report.snapshot import save_snapshot
 from .report.summary import as_html, as_rich, as_text
+from .saving import save_plan
 from .solvers import Solution
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a plan was made for, and holds for alone.
+
+    fxmem, torch: versions. device: "cpu", "cuda" or "meta". mode: "train" or "eval". inputs: (where in the call, dtype and shape or value) of each leaf.
+    output_gradients, implementations, exactness, inplace: as given to `fxmem.transform`.
+    """
+
+    fxmem: str = ""
+    torch: str = ""
+    device: str = ""
+    mode: str = ""
+    inputs: tuple[tuple[str, str], ...] = ()
+    output_gradients: str | tuple[int, ...] | None = None
+    implementations: tuple[str, ...] | None = None
+    exactness: str = "bitwise"
+    inplace: bool = True
 
 
 @dataclass(frozen=True)
@@ -21,6 +44,7 @@ class Plan:
     baseline_peak_bytes, baseline_by_kind: the plain module under PyTorch's autograd, predicted in the same way.
     problem, solution: the torch-free problem that was solved, and the schedule that runs.
     cost: the name of the cost model. capture_time_s: seconds of capture, costs and everything else before the solver.
+    asked: the budget as the user gave it. origin: what the plan holds for.
     """
 
     model: str
@@ -31,6 +55,8 @@ class Plan:
     solution: Solution
     cost: str
     capture_time_s: float
+    asked: Budget = field(default_factory=Budget)
+    origin: Origin = field(default_factory=Origin)
 
     @property
     def predicted_peak_bytes(self) -> int:
@@ -63,9 +89,21 @@ class Plan:
         return self.solution.solve_time_s
 
     def summary(self) -> str:
-        """One screen of text: peaks before and after by kind, extra time, status and gap, the largest storages at the peak, what
-        is kept and recomputed by module, and which implementations were chosen."""
+        """One screen of text: peaks before and after by kind, extra time, status and gap, the largest storages at the peak,
+        what is kept and recomputed by module, and which implementations were chosen."""
         return as_text(account_of_plan(self))
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the plan to a file (JSON), for `fxmem.transform(..., plan=path)` and `fxmem.load`. Raises PlanError."""
+        save_plan(self, path)
+
+    def save_snapshot(self, path: str | os.PathLike) -> None:
+        """Write the predicted timeline as a memory snapshot for https://pytorch.org/memory_viz, as
+        `torch.cuda.memory._dump_snapshot` does of a real run; or, where the name ends in .html, as a page that shows it.
+
+        Raises PlanError where the file cannot be written.
+        """
+        save_snapshot(self, path)
 
     def plot_timeline(self):
         """Memory over the step, stacked by kind, with nothing recomputed and as planned: two matplotlib Axes (extra "plot")."""

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from .baseline import EagerTimeline, eager_timeline
+from .budget import Budget
 from .capture import Capture, capture
 from .cost import CostModel, OpCall, cost_model, workspace_bytes
-from .decisions import Plan
+from .decisions import Origin, Plan
 from .lowering import Lowered, lower
 from .passes import (
     Costs,
@@ -27,17 +28,20 @@ from .passes import (
     SplitConvolutions,
     UpdateBuffers,
 )
+from .progress import detail, phase
 from .schedule import Schedule
 from .solvers import Solution
 from .torch_budget import partitioner_schedules
 from .torch_internals import pytree
+from .version import VERSION
 
 CUDA_ALIGNMENT_BYTES = 512  # the caching allocator's granularity
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """One capture, costed by one model. device: None where all tensors were on meta. seconds: what all of it took."""
+    """One capture, costed by one model. device: None where all tensors were on meta. seconds: what all of it took.
+    origin: what plans made of it hold for."""
 
     model: str
     captured: Capture
@@ -46,14 +50,15 @@ class Prepared:
     baseline: EagerTimeline
     cost_model: CostModel
     seconds: float
+    origin: Origin
 
     @property
     def cost(self) -> str:
         """The cost model's name."""
         return self.cost_model.name
 
-    def plan(self, solution: Solution, budget_bytes: int | None) -> Plan:
-        """What a solver decided, as users see it."""
+    def plan(self, solution: Solution, budget_bytes: int | None, asked: Budget | None = None) -> Plan:
+        """What a solver decided, as users see it. asked: the budget as the user gave it; otherwise it is budget_bytes."""
         return Plan(
             model=self.model,
             budget_bytes=budget_bytes,
@@ -63,11 +68,14 @@ class Prepared:
             solution=solution,
             cost=self.cost,
             capture_time_s=self.seconds,
+            asked=asked or Budget(size_bytes=budget_bytes),
+            origin=self.origin,
         )
 
     def under(self, cost: str | CostModel) -> Prepared:
         """The same capture costed otherwise."""
         model = _cost_model(cost, self.device)
+        detail(f"Costs, {model.name}")
         Costs(model)(self.captured.joint)
         elsewhere = _on_gpu(model) != _on_gpu(self.cost_model)
         baseline = _baseline(self.captured, model) if elsewhere else self.baseline
@@ -93,7 +101,9 @@ def prepare(
     started = time.perf_counter()
     device = device_of(module, args, kwargs)
     model = _cost_model(cost, device)
+    phase("capturing")
     captured = capture(module, args, kwargs, output_gradients)
+    phase("preparing")
     passes = (
         SplitConvolutions(),
         NameNodes(),
@@ -107,10 +117,34 @@ def prepare(
         Costs(model),
     )
     for graph_pass in passes:
+        detail(
+            f"{type(graph_pass).__name__}, {model.name} costs" if isinstance(graph_pass, Costs) else type(graph_pass).__name__
+        )
         graph_pass(captured.joint)
     lowered = lower(captured.joint)
     baseline = _baseline(captured, model)
-    return Prepared(type(module).__name__, captured, device, lowered, baseline, model, time.perf_counter() - started)
+    given = (*((f"argument {i}", a) for i, a in enumerate(args)), *kwargs.items())
+    leaves = [(n + pytree.keystr(path), _told(leaf)) for n, v in given for path, leaf in pytree.tree_leaves_with_path(v)]
+    origin = Origin(
+        fxmem=VERSION,
+        torch=torch.__version__.split("+")[0],
+        device=device.type if device else "meta",
+        mode="train" if module.training else "eval",
+        inputs=tuple(leaves),
+        output_gradients=output_gradients
+        if output_gradients is None or isinstance(output_gradients, str)
+        else tuple(output_gradients),
+        implementations=None if implementations is None else tuple(implementations),
+        exactness=exactness,
+        inplace=inplace,
+    )
+    seconds = time.perf_counter() - started
+    return Prepared(type(module).__name__, captured, device, lowered, baseline, model, seconds, origin)
+
+
+def _told(leaf: Any) -> str:
+    """A leaf of a call: "float32[8, 3, 224, 224]", or the value of what is no tensor."""
+    return f"{leaf.dtype}{list(leaf.shape)}".removeprefix("torch.") if isinstance(leaf, torch.Tensor) else repr(leaf)
 
 
 def device_of(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> torch.device | None:

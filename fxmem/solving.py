@@ -6,8 +6,15 @@ from collections.abc import Sequence
 
 from .budget import Budget
 from .problem import Problem
+from .progress import detail, phase
 from .schedule import Schedule, plain_schedule, simulate
 from .solvers import Solution, least_peak, solve
+
+
+def unsolved(problem: Problem) -> Solution:
+    """The plain schedule as a Solution: nothing is recomputed, nothing was searched for."""
+    plain = plain_schedule(problem)
+    return Solution(plain, simulate(problem, plain), 0.0, "optimal", "none", 0.0)
 
 
 def choose(
@@ -23,6 +30,7 @@ def choose(
     Raises InfeasibleBudgetError.
     """
     size_bytes = simulate(problem, plain_schedule(problem)).peak_bytes if budget.is_free else budget.resolve(plain_peak_bytes)
+    phase("solving")
     if size_bytes is None:
-        return least_peak(problem, max_overhead=budget.max_overhead, time_limit_s=time_limit_s, starts=starts)
-    return solve(problem, size_bytes, solver=solver, time_limit_s=time_limit_s, starts=starts)
+        return least_peak(problem, max_overhead=budget.max_overhead, time_limit_s=time_limit_s, starts=starts, progress=detail)
+    return solve(problem, size_bytes, solver=solver, time_limit_s=time_limit_s, starts=starts, progress=detail)

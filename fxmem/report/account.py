@@ -81,7 +81,9 @@ def _parts(plan: Plan) -> str:
     if not encoders_s and not slower_s:
         return ""
     again_s = plan.solution.timeline.time_s - plan.problem.plain_time_s - encoders_s - slower_s
-    recompute, encoders, slower = (f"{100 * s / plan.problem.plain_time_s:.1f} %" for s in (max(0.0, again_s), encoders_s, slower_s))
+    recompute, encoders, slower = (
+        f"{100 * s / plan.problem.plain_time_s:.1f} %" for s in (max(0.0, again_s), encoders_s, slower_s)
+    )
     return f": recompute {recompute}, encoders {encoders}, slower implementations {slower}"
 
 

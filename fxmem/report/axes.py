@@ -1,4 +1,4 @@
-"""What all pictures share: matplotlib where it is installed, colours that differ in grey too, and sizes that a phone can show."""
+"""What all pictures share: matplotlib where it is installed, colours that differ in grey too, a width that phones can show."""
 
 from __future__ import annotations
 

@@ -148,7 +148,11 @@ def plot_frontier(frontier: Frontier, axes: Any = None) -> Any:
              markerfacecolor="none", zorder=2)  # fmt: skip
     line(frontier, lambda p: p.predicted_overhead, color=AGAIN, marker="o", markersize=7, linewidth=2, label="fxmem", zorder=3)
     axes.axvline(first.baseline_peak_bytes / size, color="black", linewidth=1.0, linestyle="--", label="plain PyTorch's peak")
-    axes.set(xlabel=f"peak of the step ({unit})", ylabel=f"extra time (%, {first.cost} costs)", title=f"{first.model}: peak against time")
+    axes.set(
+        xlabel=f"peak of the step ({unit})",
+        ylabel=f"extra time (%, {first.cost} costs)",
+        title=f"{first.model}: peak against time",
+    )
     axes.grid(alpha=0.3)
     axes.set_ylim(bottom=min(-1.0, axes.get_ylim()[0]))
     axes.legend(loc="upper right", fontsize=9, framealpha=0.9)

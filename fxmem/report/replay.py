@@ -38,7 +38,7 @@ def bytes_by_kind(problem: Problem, schedule: Schedule, timeline: Timeline) -> d
 
 
 def step_times_s(problem: Problem, schedule: Schedule) -> list[float]:
-    """Seconds of each step: of a program operator, or of an alternative in its place, the first run; of all others, a repeat."""
+    """Seconds of each step: the first run of a program operator (or of an alternative in its place), or a repeat."""
     first, times = set(range(problem.num_program)), []
     for index, extra_s in zip(schedule.steps, extra_times_s(problem, schedule), strict=True):
         place = problem.program_index(index)
