@@ -21,7 +21,8 @@ from .solvers import Solution
 class Origin:
     """What a plan was made for, and holds for alone.
 
-    fxmem, torch: versions. device: "cpu", "cuda" or "meta". mode: "train" or "eval". inputs: (where in the call, dtype and shape or value) of each leaf.
+    fxmem, torch: versions. device: "cpu", "cuda" or "meta". mode: "train" or "eval".
+    inputs: (where in the call, dtype and shape or value) of each leaf.
     output_gradients, implementations, exactness, inplace: as given to `fxmem.transform`.
     """
 

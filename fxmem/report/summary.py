@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import itertools
+import textwrap
 from typing import Any
 
 from .account import Account, Table
@@ -16,7 +17,9 @@ HTML_STYLE = "border-collapse: collapse; margin: 0 1.5em 1em 0;"
 
 def as_text(account: Account) -> str:
     """At most WIDTH characters a line; tables side by side where they fit."""
-    lines = [account.title, *(f"{name:<7}{text}" for name, text in account.facts)]
+    lines = [account.title]
+    for name, text in account.facts:
+        lines += textwrap.wrap(text, WIDTH, initial_indent=f"{name:<7}", subsequent_indent=" " * 7)
     for row in account.tables:
         blocks = [_text_table(table) for table in row]
         beside = len(blocks) > 1 and sum(len(b[0]) for b in blocks) + GAP * (len(blocks) - 1) <= WIDTH
