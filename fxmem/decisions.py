@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from .budget import Budget
+from .budget import Budget, format_bytes
 from .problem import Problem
 from .report.account import account_of_frontier, account_of_plan
 from .report.drawing import draw
@@ -37,7 +37,7 @@ class Origin:
     inplace: bool = True
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """The decisions for one training step. All peaks are bytes alive at once, parameters, buffers and inputs included.
 
@@ -121,6 +121,10 @@ class Plan:
         """
         return draw(self, module, axes)
 
+    def __repr__(self) -> str:
+        peaks = f"{format_bytes(self.baseline_peak_bytes)} -> {format_bytes(self.predicted_peak_bytes)}"
+        return f"<Plan of {self.model}: peak {peaks}, extra time {100 * self.predicted_overhead:.1f} %>"
+
     def __str__(self) -> str:
         return self.summary()
 
@@ -131,7 +135,7 @@ class Plan:
         return as_html(account_of_plan(self))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Frontier(Sequence):
     """Plans from no recompute to the least reachable peak: a smaller peak never costs less time.
 
@@ -153,6 +157,9 @@ class Frontier(Sequence):
     def plot(self, axes=None):
         """Peak against extra time, with the peers where they were computed: matplotlib Axes (extra "plot")."""
         return plot_frontier(self, axes)
+
+    def __repr__(self) -> str:
+        return f"<Frontier of {len(self)} plans>"
 
     def __str__(self) -> str:
         return as_text(account_of_frontier(self))
