@@ -128,7 +128,7 @@ class _Picture:
 
     def _label(self, step: int) -> str:
         operator = self.problem.operators[self.schedule.steps[step]]
-        name = operator.name.removeprefix(self.module.replace(".", "_") + "_")
+        name = operator.name.lstrip("_").removeprefix(self.module.replace(".", "_") + "_")
         return name if len(name) <= LONGEST else f"...{name[3 - LONGEST :]}"
 
     def _fates(self) -> dict[int, str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..budget import format_bytes
@@ -133,26 +135,43 @@ def _lives(problem: Problem, schedule: Schedule, timeline: Timeline) -> list[tup
 
 def plot_frontier(frontier: Frontier, axes: Any = None) -> Any:
     """Peak against extra time: each plan, what no schedule goes below, and peers where they were computed. Returns the Axes."""
-    plt = pyplot()
-    if axes is None:
-        axes = plt.subplots(figsize=(WIDTH_INCHES, 5.4), layout="constrained")[1]
     first = frontier[0]
     unit, size = unit_of(first.baseline_peak_bytes, BYTES_IN)
 
-    def line(plans, what, **style) -> None:
-        axes.plot([p.predicted_peak_bytes / size for p in plans], [100 * what(p) for p in plans], **style)
+    def points(plans: Iterable[Plan]) -> list[tuple[float, float]]:
+        return [(p.predicted_peak_bytes / size, p.predicted_overhead) for p in plans]
 
-    line(frontier, lambda p: p.lower_bound_overhead, color="black", linestyle=":", label="no schedule below", zorder=1)
-    for marker, (name, plans) in zip(MARKERS, frontier.peers.items(), strict=False):
-        line(plans, lambda p: p.predicted_overhead, color="#8a8a8a", linestyle="none", marker=marker, markersize=7, label=name,
-             markerfacecolor="none", zorder=2)  # fmt: skip
-    line(frontier, lambda p: p.predicted_overhead, color=AGAIN, marker="o", markersize=7, linewidth=2, label="fxmem", zorder=3)
-    axes.axvline(first.baseline_peak_bytes / size, color="black", linewidth=1.0, linestyle="--", label="plain PyTorch's peak")
+    bounds = [(p.predicted_peak_bytes / size, p.lower_bound_overhead) for p in frontier]
+    peers = {name: points(plans) for name, plans in frontier.peers.items()}
+    axes = plot_points(points(frontier), bounds, peers, first.baseline_peak_bytes / size, axes)
     axes.set(
         xlabel=f"peak of the step ({unit})",
         ylabel=f"extra time (%, {first.cost} costs)",
         title=f"{first.model}: peak against time",
     )
+    return axes
+
+
+def plot_points(
+    ours: Sequence[tuple[float, float]],
+    bounds: Sequence[tuple[float, float]],
+    peers: Mapping[str, Sequence[tuple[float, float]]],
+    plain_peak: float,
+    axes: Any = None,
+) -> Any:
+    """(peak, extra time as a fraction) of fxmem, of lower bounds, and of others by name, in the unit of `plain_peak`."""
+    if axes is None:
+        axes = pyplot().subplots(figsize=(WIDTH_INCHES, 5.4), layout="constrained")[1]
+
+    def line(points: Sequence[tuple[float, float]], **style) -> None:
+        axes.plot([peak for peak, _ in points], [100 * extra for _, extra in points], **style)
+
+    line(bounds, color="black", linestyle=":", label="no schedule below", zorder=1)
+    for marker, (name, points) in zip(itertools.cycle(MARKERS), peers.items(), strict=False):
+        style = {"color": "#8a8a8a", "markerfacecolor": "none", "markersize": 7, "linestyle": "none"}
+        line(points, marker=marker, label=name, zorder=2, **style)
+    line(ours, color=AGAIN, marker="o", markersize=7, linewidth=1, label="fxmem", zorder=3)
+    axes.axvline(plain_peak, color="black", linewidth=1.0, linestyle="--", label="plain PyTorch's peak")
     axes.grid(alpha=0.3)
     axes.set_ylim(bottom=min(-1.0, axes.get_ylim()[0]))
     axes.legend(loc="upper right", fontsize=9, framealpha=0.9)
