@@ -162,6 +162,12 @@ def test_bad_input_is_one_line(arguments, words, capsys):
     assert error.startswith("fxmem: ") and error.count("\n") == 1 and words in error
 
 
+def test_missing_matplotlib_is_one_line(saved, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+    assert main(["show", str(saved), "--timeline", "a.png"]) == 2
+    assert capsys.readouterr().err == 'fxmem: matplotlib is not installed: pip install "fxmem[plot]" brings what pictures need\n'
+
+
 def test_pictures_that_cannot_be_written(saved, capsys):
     assert main(["show", str(saved), "--timeline", "/proc/no/a.png"]) == 2
     assert main(["show", str(saved), "--timeline", "a.nothing"]) == 2

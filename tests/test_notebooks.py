@@ -4,8 +4,8 @@ import re
 
 import nbformat
 import pytest
-from jupyter_client import AsyncKernelManager
 from nbclient import NotebookClient
+from traitlets.config import Config
 
 from benchmarks.report import ROOT
 
@@ -21,8 +21,8 @@ def test_runs(path):
     """Every cell, without an error, and with as many outputs of the same kinds as are committed."""
     notebook = nbformat.read(path, as_version=4)
     kinds = [_kinds(cell) for cell in notebook.cells]
-    manager = AsyncKernelManager(kernel_name="python3", transport="ipc")  # no ports
-    NotebookClient(notebook, km=manager, timeout=300, resources={"metadata": {"path": str(ROOT)}}).execute()
+    config = Config(KernelManager={"transport": "ipc"})  # no ports
+    NotebookClient(notebook, config=config, timeout=300, resources={"metadata": {"path": str(ROOT)}}).execute()
     assert [_kinds(cell) for cell in notebook.cells] == kinds
 
 
