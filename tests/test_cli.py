@@ -165,7 +165,9 @@ def test_bad_input_is_one_line(arguments, words, capsys):
 def test_missing_matplotlib_is_one_line(saved, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
     assert main(["show", str(saved), "--timeline", "a.png"]) == 2
-    assert capsys.readouterr().err == 'fxmem: matplotlib is not installed: pip install "fxmem[plot]" brings what pictures need\n'
+    assert (
+        capsys.readouterr().err == 'fxmem: matplotlib is not installed: pip install "fxmem[plot]" brings what pictures need\n'
+    )
 
 
 def test_pictures_that_cannot_be_written(saved, capsys):

@@ -87,7 +87,7 @@ def test_the_plain_step_adds_up():
 def test_account(plan):
     account = account_of_plan(plan)
     tables = {table.title.split(",")[0].split(" (")[0]: table for table in itertools.chain.from_iterable(account.tables)}
-    assert set(tables) >= {"At the peak", "Largest at the peak", "Kept for the backward", "Recomputed"}
+    assert set(tables) >= {"At the peak", "Largest at the peak", "Kept", "Recomputed"}
     assert [row[0] for row in tables["At the peak"].rows][:3] == ["parameters", "buffers", "inputs"]
     assert [row[2] for row in tables["At the peak"].rows] == [format_bytes(size) for size in plan.peak_by_kind.values()]
     largest = tables["Largest at the peak"].rows

@@ -127,7 +127,7 @@ def _modules(plan: Plan) -> tuple[Table, ...]:
     again = sorted((n for n in shares if shares[n].recomputed_bytes), key=lambda n: (-shares[n].recomputed_s, n))
     plain_s = plan.problem.plain_time_s or 1.0
     rows = tuple((n or "(root)", format_bytes(shares[n].kept_bytes)) for n in kept[:MODULES])
-    tables = [Table(_ranked("Kept for the backward", kept), ("module", "bytes"), rows)] if kept else []
+    tables = [Table(_ranked("Kept", kept), ("module", "bytes"), rows)] if kept else []
     rows = tuple(
         (n or "(root)", format_bytes(shares[n].recomputed_bytes), f"{100 * shares[n].recomputed_s / plain_s:.2f} %")
         for n in again[:MODULES]

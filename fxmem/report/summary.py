@@ -55,13 +55,14 @@ def _shortened(cell: str, title: str) -> str:
 
 def as_rich(account: Account) -> Any:
     """What `rich.print` shows; only called where rich is installed."""
+    from rich.box import SIMPLE_HEAD
     from rich.columns import Columns
     from rich.console import Group
     from rich.table import Table as RichTable
     from rich.text import Text
 
     def rich_table(table: Table) -> RichTable:
-        made = RichTable(title=table.title or None, title_justify="left", title_style="bold")
+        made = RichTable(title=table.title or None, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
         for i, title in enumerate(table.columns):
             made.add_column(title, justify="left" if table.is_text(i) else "right", no_wrap=not table.is_text(i))
         for row in table.rows:
