@@ -17,10 +17,10 @@ from .codegen.calls import canonical_call
 from .codegen.partition import partition
 from .codegen.planned import PlannedModule, assemble, check_names
 from .cost import CostModel
-from .deciding import Question, decide, given_plan, solve_for
 from .decisions import Frontier, Plan
 from .errors import BudgetError, CaptureError, CostError, InfeasibleBudgetError
 from .passes import Rematerialize
+from .planning import Question, decide, given_plan, solve_for
 from .prepared import Prepared, prepare
 from .progress import detail, phase, showing
 from .schedule import Schedule
@@ -66,7 +66,8 @@ def transform(
         differ in the last bits. inplace: whether results may be written over operands that die.
     plan: instead of a budget, a Plan or the file of one (`Plan.save`) for this module and call: nothing is solved, and
         output_gradients, implementations, exactness and inplace are the plan's.
-    cache_dir: a folder where plans are kept from run to run; what was planned there before is not solved again.
+    cache_dir: a folder where plans are kept from run to run; what was planned there before is not solved again (of a CostModel,
+        the name counts).
     progress: False for silence; otherwise a line in the terminal tells what takes so long, where rich is installed.
 
     The peak counts parameters, buffers, inputs, all that is computed, gradients of parameters and inputs, and workspaces.

@@ -10,7 +10,7 @@ from helpers.models import ConvNet, Transformer
 from helpers.steps import assert_same_steps, transform
 
 import fxmem
-from fxmem import deciding
+from fxmem import planning
 from fxmem.saving import plan_from_data, plan_to_data
 
 IMAGES = (torch.randn(8, 3, 16, 16),)
@@ -35,7 +35,7 @@ def no_solver(monkeypatch):
     def choose(*arguments, **keywords):
         raise AssertionError("something is solved")
 
-    monkeypatch.setattr(deciding, "choose", choose)
+    monkeypatch.setattr(planning, "choose", choose)
 
 
 def test_a_file_holds_all_of_a_plan(planned, path):
@@ -164,7 +164,7 @@ def test_the_cache(tmp_path, monkeypatch, caplog):
     other = fxmem.plan(ConvNet(), IMAGES, budget=0.8, **options)
     assert len(list((tmp_path / "plans").iterdir())) == 2 and first != other
     with monkeypatch.context() as patched:
-        patched.setattr(deciding, "choose", None)
+        patched.setattr(planning, "choose", None)
         assert fxmem.plan(ConvNet(), IMAGES, budget=0.7, **options) == first
         assert fxmem.transform(ConvNet(), IMAGES, budget=0.8, **options).plan == other
     for file in (tmp_path / "plans").iterdir():
@@ -173,3 +173,9 @@ def test_the_cache(tmp_path, monkeypatch, caplog):
         again = fxmem.plan(ConvNet(), IMAGES, budget=0.7, **options)
     assert "planning anew" in caplog.text and again.solution.schedule == first.solution.schedule
     assert fxmem.plan(ConvNet(), IMAGES, budget=0.7, **options) == again
+
+
+def test_the_cache_and_a_bad_cost(tmp_path):
+    with pytest.raises(fxmem.CostError, match="unknown cost 5"):
+        fxmem.plan(ConvNet(), IMAGES, budget="min", cost=5, cache_dir=tmp_path)
+    assert not list(tmp_path.iterdir())

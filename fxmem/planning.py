@@ -46,8 +46,13 @@ def decide(
     if given is not None:
         check_fits(given, here)
         return prepared, given
-    cost = question.cost if isinstance(question.cost, str) else question.cost.name
-    asked = (question.budget, cost, torch.get_num_threads(), question.solver, question.time_limit_s)
+    asked = (
+        question.budget,
+        getattr(question.cost, "name", question.cost),
+        torch.get_num_threads(),
+        question.solver,
+        question.time_limit_s,
+    )
     path = cache_path(cache_dir, here, asked)
     if path.exists():
         try:
@@ -63,6 +68,7 @@ def decide(
 
 
 def given_plan(plan_: Plan | str | os.PathLike, budget: Any, max_overhead: Any) -> Plan:
+    """The Plan that a user hands over, or the file of. Raises BudgetError where there is a budget beside it, and PlanError."""
     if budget is not None or max_overhead is not None:
         raise BudgetError(
             "both a plan and a budget were given: leave out the budget to follow the plan, or the plan to solve anew"
@@ -71,6 +77,7 @@ def given_plan(plan_: Plan | str | os.PathLike, budget: Any, max_overhead: Any) 
 
 
 def solve_for(prepared: Prepared, budget: Budget, solver: str, time_limit_s: float, starts: Sequence[Schedule] = ()) -> Plan:
+    """Solve a prepared problem, from `starts` on. Raises InfeasibleBudgetError."""
     plain_peak_bytes = prepared.baseline.peak_bytes
     starts = (*starts, *prepared.partitioner_schedules()) if solver == "torch_budget" else starts
     solution = choose(prepared.lowered.problem, budget, plain_peak_bytes, solver, time_limit_s, starts)
