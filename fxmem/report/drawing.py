@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 MOST_STEPS = 64  # that are drawn unasked
 ROW_INCHES, LONGEST = 0.3, 40
-DROPPED, FREED, RETURNED = "#e3a1b3", "#ffffff", "#d4d4d4"
+DROPPED, FREED, RETURNED = "#e3a1b3", "#ffffff", "#949494"
 MEANINGS = {
     KEPT: "kept for the backward", DROPPED: "freed, made again later", AGAIN: "runs again", FREED: "freed",
     RETURNED: "returned, or a gradient that stays",

@@ -11,7 +11,7 @@ from .account import Account, Table
 
 WIDTH = 100
 GAP = 4
-LONGEST = {"storage": 42, "module": 24, "": 16, "chosen": 24}  # characters, by column title
+LONGEST = {"storage": 31, "module": 24, "line": 18, "chosen": 24}  # characters, by column title
 HTML_STYLE = "border-collapse: collapse; margin: 0 1.5em 1em 0;"
 
 
@@ -35,7 +35,7 @@ def _text_table(table: Table) -> list[str]:
         "  ".join(f"{cell:{'<' if table.is_text(i) else '>'}{widths[i]}}" for i, cell in enumerate(row))
         for row in (table.columns, *rows)
     ]
-    lines = [table.title, *lines] if table.title else lines
+    lines = [table.title[:WIDTH], *lines] if table.title else lines
     return [f"{line:<{max(map(len, lines))}}" for line in lines]
 
 
