@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import importlib
 
+from .version import VERSION as __version__  # noqa: F401
+
 _PLACES = {
     "api": ("frontier", "plan", "plans", "transform"),
     "checking": ("ImplementationCheck", "check_implementation"),
@@ -15,11 +17,12 @@ _PLACES = {
     "cost": ("CostModel", "OpCost"),
     "errors": (
         "BudgetError", "CaptureError", "CostError", "FxmemError", "ImplementationError", "InfeasibleBudgetError",
-        "MeasureError", "MissingExtraError", "ProblemError", "TapeError",
+        "MeasureError", "MissingExtraError", "PlanError", "ProblemError", "TapeError",
     ),
     "implementations": ("register_implementation",),
     "measuring": ("Measurement", "PairMeasurement", "measure", "measure_pair"),
     "decisions": ("Frontier", "Plan"),
+    "saving": ("load_plan",),
 }  # fmt: skip
 _PLACE_OF = {name: place for place, names in _PLACES.items() for name in names}
 

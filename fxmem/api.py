@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,8 +20,11 @@ from .cost import CostModel
 from .decisions import Frontier, Plan
 from .errors import BudgetError, CaptureError, CostError, InfeasibleBudgetError
 from .passes import Rematerialize
+from .planning import Question, decide, given_plan, solve_for
 from .prepared import Prepared, prepare
-from .solving import choose_frontier, choose_program
+from .progress import phase, showing
+from .solvers import find_solver, solve_alone
+from .solving import choose_frontier
 from .torch_internals import FakeTensor, pytree
 
 log = logging.getLogger(__name__)
@@ -40,6 +44,9 @@ def transform(
     implementations: Sequence[str] | None = None,
     exactness: str = "bitwise",
     inplace: bool = True,
+    plan: Plan | str | os.PathLike | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    progress: bool | None = None,
 ) -> PlannedModule:
     """A module that computes what `module` computes, outputs, gradients and buffers alike, with its peak under a budget.
 
@@ -56,31 +63,34 @@ def transform(
     implementations: names in `fxmem.implementations.IMPLEMENTATIONS` that the solver may choose from: None (all), or a tuple of
         names; "-name" leaves one out, () leaves all out. exactness: "bitwise", or "accurate" to allow those too whose gradients
         differ in the last bits. inplace: whether results may be written over operands that die.
+    plan: instead of a budget, a Plan or the file of one (`Plan.save`) for this module and call: nothing is solved, and
+        output_gradients, implementations, exactness and inplace are the plan's.
+    cache_dir: a folder where plans are kept from run to run; what was planned there before is not solved again (of a CostModel,
+        the name counts).
+    progress: False for silence; otherwise a line in the terminal tells what takes so long, where rich is installed.
 
     The peak counts parameters, buffers, inputs, all that is computed, gradients of parameters and inputs, and workspaces.
-    Raises BudgetError, InfeasibleBudgetError, CaptureError and CostError, all of them FxmemError; `module` is then untouched.
+    Raises BudgetError, InfeasibleBudgetError, CaptureError, CostError and PlanError, all of them FxmemError; `module` is then
+    untouched.
     """
-    wanted = parse_budget(budget, max_overhead)
-    options = dict(
-        budget=budget,
-        max_overhead=max_overhead,
-        cost=cost,
-        solver=solver,
-        time_limit_s=time_limit_s,
-        output_gradients=output_gradients,
-        implementations=implementations,
-        exactness=exactness,
-        inplace=inplace,
-    )
+    given, graph_options = None, dict(
+        output_gradients=output_gradients, implementations=implementations, exactness=exactness, inplace=inplace
+    )  # fmt: skip
+    if plan is not None:
+        given = given_plan(plan, budget, max_overhead)
+        graph_options = {name: getattr(given.origin, name) for name in graph_options}
+    ask = given.asked if given else parse_budget(budget, max_overhead)
+    options = dict(cost=cost, solver=solver, time_limit_s=time_limit_s, cache_dir=cache_dir, progress=progress)
+    again = functools.partial(transform, **ask.as_arguments(), **graph_options, **options)
     module, args, kwargs = _example_call(module, example_inputs, example_kwargs)
     check_names(module)
     _warn_of_hooks(module)
-    cost = cost or _default_cost(module, args, kwargs)
-    prepared = prepare(module, args, kwargs, cost, output_gradients, implementations, exactness, inplace)
-    chosen, plan_ = _plan(prepared, wanted, solver, time_limit_s)
-    joint = Rematerialize(solution=plan_.solution)(chosen.captured.joint).graph_module
-    parts = partition(joint.graph, joint.meta["fxmem_regions"])
-    return assemble(module, chosen.captured, parts, args, kwargs, plan_, functools.partial(transform, **options))
+    with showing(progress):
+        question = Question(ask, cost or _default_cost(module, args, kwargs), solver, time_limit_s, graph_options)
+        prepared, plan_ = decide(module, args, kwargs, question, given, cache_dir)
+        joint = Rematerialize(solution=plan_.solution)(prepared.captured.joint).graph_module
+        parts = partition(joint.graph, joint.meta["fxmem_regions"])
+        return assemble(module, prepared.captured, parts, args, kwargs, plan_, again)
 
 
 def plan(
@@ -97,16 +107,21 @@ def plan(
     implementations: Sequence[str] | None = None,
     exactness: str = "bitwise",
     inplace: bool = True,
+    cache_dir: str | os.PathLike | None = None,
+    progress: bool | None = None,
 ) -> Plan:
     """What `transform` would decide, without making the module: nothing is executed, nothing of the model's size allocated.
 
     Parameters and inputs may be fake or meta tensors, so that what no machine at hand can hold is planned on a laptop.
     `cost="measured"`, which is `transform`'s default, times operators one by one. Otherwise as for `transform`.
     """
-    wanted = parse_budget(budget, max_overhead)
+    graph_options = dict(
+        output_gradients=output_gradients, implementations=implementations, exactness=exactness, inplace=inplace
+    )
+    question = Question(parse_budget(budget, max_overhead), cost, solver, time_limit_s, graph_options)
     module, args, kwargs = _example_call(module, example_inputs, example_kwargs)
-    prepared = prepare(module, args, kwargs, cost, output_gradients, implementations, exactness, inplace)
-    return _plan(prepared, wanted, solver, time_limit_s)[1]
+    with showing(progress):
+        return decide(module, args, kwargs, question, None, cache_dir)[1]
 
 
 def frontier(
@@ -120,15 +135,33 @@ def frontier(
     output_gradients: str | Sequence[int] | None = None,
     implementations: Sequence[str] | None = None,
     exactness: str = "bitwise",
+    peers: Sequence[str] = (),
+    progress: bool | None = None,
 ) -> Frontier:
-    """Up to `points` Plans from no recompute to the least reachable peak, from one capture. Otherwise as for `plan`."""
+    """Up to `points` Plans from no recompute to the least reachable peak, from one capture.
+
+    peers: names of other solvers whose plans within the same budgets are to stand beside them. Otherwise as for `plan`.
+    """
     if points < 1:
         raise BudgetError(f"points={points!r} was given; a frontier has one point or more")
+    for name in peers:
+        find_solver(name)
     module, args, kwargs = _example_call(module, example_inputs, example_kwargs)
-    prepared = prepare(module, args, kwargs, cost, output_gradients, implementations, exactness)
-    problems = [program.lowered.problem for program in prepared.programs]
-    found = choose_frontier(problems, points, time_limit_s)
-    return Frontier(tuple(prepared.programs[n].plan(solution, solution.timeline.peak_bytes) for n, solution in found))
+    with showing(progress):
+        prepared = prepare(module, args, kwargs, cost, output_gradients, implementations, exactness)
+        phase("solving")
+        chosen = choose_frontier([program.lowered.problem for program in prepared.programs], points, time_limit_s)
+        found = tuple(prepared.programs[n].plan(solution, solution.timeline.peak_bytes) for n, solution in chosen)
+        return Frontier(found, {name: _peer(prepared, name, found) for name in peers})
+
+
+def _peer(prepared: Prepared, solver: str, plans_: Sequence[Plan]) -> tuple[Plan, ...]:
+    """What another solver finds by itself within the budgets of some plans."""
+    problem = prepared.lowered.problem
+    starts = prepared.partitioner_schedules() if solver == "torch_budget" else ()
+    budgets = (plan_.predicted_peak_bytes for plan_ in plans_ if plan_.predicted_overhead)
+    found = (solve_alone(problem, budget_bytes, solver, starts) for budget_bytes in budgets)
+    return tuple(prepared.plan(solution, solution.timeline.peak_bytes) for solution in found if solution)
 
 
 def plans(
@@ -159,7 +192,7 @@ def plans(
         starts: list[Plan] = []
         for budget in sorted(wanted, key=lambda b: _least_first(wanted[b], prepared.baseline.peak_bytes)):
             try:
-                _, plan_ = _plan(prepared, wanted[budget], solver, time_limit_s, starts)
+                _, plan_ = solve_for(prepared, wanted[budget], solver, time_limit_s, starts)
                 found[prepared.cost, budget] = plan_
                 starts.append(plan_)
             except InfeasibleBudgetError as error:
@@ -172,20 +205,6 @@ def _least_first(budget: Budget, plain_peak_bytes: int) -> float:
     if budget.is_free:
         return float("inf")
     return 0 if budget.least else budget.resolve(plain_peak_bytes)
-
-
-def _plan(
-    prepared: Prepared, budget: Budget, solver: str, time_limit_s: float, known: Sequence[Plan] = ()
-) -> tuple[Prepared, Plan]:
-    """The best plan, and the program that it is one of. known: earlier plans, to begin from."""
-    plain_peak_bytes = prepared.baseline.peak_bytes
-    problems, starts = [p.lowered.problem for p in prepared.programs], {}
-    for number, program in enumerate(prepared.programs):
-        own = [p.solution.schedule for p in known if p.problem is problems[number]]
-        starts[number] = (*own, *(program.partitioner_schedules() if solver == "torch_budget" else ()))
-    number, solution = choose_program(problems, budget, plain_peak_bytes, solver, time_limit_s, starts)
-    budget_bytes = None if budget.is_free else budget.resolve(plain_peak_bytes) or solution.timeline.peak_bytes
-    return prepared.programs[number], prepared.programs[number].plan(solution, budget_bytes)
 
 
 def _example_call(

@@ -33,6 +33,11 @@ class Budget:
         """Whether nothing is to be recomputed."""
         return self == Budget()
 
+    def as_arguments(self) -> dict[str, float | str | None]:
+        """What `parse_budget` was given, as keywords of `fxmem.transform`."""
+        given = "min" if self.least else self.size_bytes if self.fraction is None else self.fraction
+        return {"max_overhead": self.max_overhead, "budget": given}
+
     def resolve(self, plain_peak_bytes: int) -> int | None:
         """The budget in bytes, where it is one."""
         return self.size_bytes if self.fraction is None else int(self.fraction * plain_peak_bytes)

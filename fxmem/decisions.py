@@ -2,15 +2,42 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from .budget import Budget, format_bytes
 from .problem import Problem
-from .report.summary import summarize
+from .report.account import account_of_frontier, account_of_plan
+from .report.drawing import draw
+from .report.plots import plot_frontier, plot_schedule, plot_timeline
+from .report.snapshot import save_snapshot
+from .report.summary import as_html, as_rich, as_text
+from .saving import save_plan
 from .solvers import Solution
 
 
 @dataclass(frozen=True)
+class Origin:
+    """What a plan was made for, and holds for alone.
+
+    fxmem, torch: versions. device: "cpu", "cuda" or "meta". mode: "train" or "eval".
+    inputs: (where in the call, dtype and shape or value) of each leaf.
+    output_gradients, implementations, exactness, inplace: as given to `fxmem.transform`.
+    """
+
+    fxmem: str = ""
+    torch: str = ""
+    device: str = ""
+    mode: str = ""
+    inputs: tuple[tuple[str, str], ...] = ()
+    output_gradients: str | tuple[int, ...] | None = None
+    implementations: tuple[str, ...] | None = None
+    exactness: str = "bitwise"
+    inplace: bool = True
+
+
+@dataclass(frozen=True, repr=False)
 class Plan:
     """The decisions for one training step. All peaks are bytes alive at once, parameters, buffers and inputs included.
 
@@ -18,6 +45,7 @@ class Plan:
     baseline_peak_bytes, baseline_by_kind: the plain module under PyTorch's autograd, predicted in the same way.
     problem, solution: the torch-free problem that was solved, and the schedule that runs.
     cost: the name of the cost model. capture_time_s: seconds of capture, costs and everything else before the solver.
+    asked: the budget as the user gave it. origin: what the plan holds for.
     """
 
     model: str
@@ -28,6 +56,8 @@ class Plan:
     solution: Solution
     cost: str
     capture_time_s: float
+    asked: Budget = field(default_factory=Budget)
+    origin: Origin = field(default_factory=Origin)
 
     @property
     def predicted_peak_bytes(self) -> int:
@@ -60,18 +90,60 @@ class Plan:
         return self.solution.solve_time_s
 
     def summary(self) -> str:
-        """A table: peaks before and after by kind, what is kept and recomputed by module, time, status and gap."""
-        return summarize(self)
+        """One screen of text: peaks before and after by kind, extra time, status and gap, the largest storages at the peak,
+        what is kept and recomputed by module, and which implementations were chosen."""
+        return as_text(account_of_plan(self))
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the plan to a file (JSON), for `fxmem.transform(..., plan=path)` and `fxmem.load`. Raises PlanError."""
+        save_plan(self, path)
+
+    def save_snapshot(self, path: str | os.PathLike) -> None:
+        """Write the predicted timeline as a memory snapshot for https://pytorch.org/memory_viz, as
+        `torch.cuda.memory._dump_snapshot` does of a real run; or, where the name ends in .html, as a page that shows it.
+
+        Raises PlanError where the file cannot be written.
+        """
+        save_snapshot(self, path)
+
+    def plot_timeline(self):
+        """Memory over the step, stacked by kind, with nothing recomputed and as planned: two matplotlib Axes (extra "plot")."""
+        return plot_timeline(self)
+
+    def plot_schedule(self, axes=None):
+        """Operators over time: kept, run, run in place, run again. matplotlib Axes, drawn into `axes` where given."""
+        return plot_schedule(self, axes)
+
+    def draw(self, module: str | None = None, axes=None):
+        """The graph of one module ("": of all), coloured by what becomes of each storage. matplotlib Axes.
+
+        module: None for everything where that is small, else for the module that recomputes most.
+        """
+        return draw(self, module, axes)
+
+    def __repr__(self) -> str:
+        peaks = f"{format_bytes(self.baseline_peak_bytes)} -> {format_bytes(self.predicted_peak_bytes)}"
+        return f"<Plan of {self.model}: peak {peaks}, extra time {100 * self.predicted_overhead:.1f} %>"
 
     def __str__(self) -> str:
         return self.summary()
 
+    def __rich__(self):
+        return as_rich(account_of_plan(self))
 
-@dataclass(frozen=True)
+    def _repr_html_(self) -> str:
+        return as_html(account_of_plan(self))
+
+
+@dataclass(frozen=True, repr=False)
 class Frontier(Sequence):
-    """Plans from no recompute to the least reachable peak: a smaller peak never costs less time."""
+    """Plans from no recompute to the least reachable peak: a smaller peak never costs less time.
+
+    peers: by the name of another method, its plans within the same budgets.
+    """
 
     plans: tuple[Plan, ...]
+    peers: dict[str, tuple[Plan, ...]] = field(default_factory=dict)
 
     def __getitem__(self, index):
         return self.plans[index]
@@ -82,8 +154,18 @@ class Frontier(Sequence):
     def __iter__(self) -> Iterator[Plan]:
         return iter(self.plans)
 
+    def plot(self, axes=None):
+        """Peak against extra time, with the peers where they were computed: matplotlib Axes (extra "plot")."""
+        return plot_frontier(self, axes)
+
+    def __repr__(self) -> str:
+        return f"<Frontier of {len(self)} plans>"
+
     def __str__(self) -> str:
-        rows = [
-            f"{plan.predicted_peak_bytes:>20,} {100 * plan.predicted_overhead:>11.1f} %  {plan.status}" for plan in self.plans
-        ]
-        return "\n".join([f"{'peak (bytes)':>20} {'extra time':>13}  status", *rows])
+        return as_text(account_of_frontier(self))
+
+    def __rich__(self):
+        return as_rich(account_of_frontier(self))
+
+    def _repr_html_(self) -> str:
+        return as_html(account_of_frontier(self))

@@ -71,7 +71,7 @@ def run(name: str, budget: int | float | str | None, steps: int, batch: int, dev
     columns = TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         planning = progress.add_task("planning", total=None)
-        planned = transform(copy.deepcopy(plain), (batches[0][0],), budget=budget, time_limit_s=SOLVER_SECONDS)
+        planned = transform(copy.deepcopy(plain), (batches[0][0],), budget=budget, time_limit_s=SOLVER_SECONDS, progress=False)
         progress.update(planning, total=1, completed=1)
         peaks = []
         for model in progress.track((plain, planned), description="measuring peaks"):

@@ -63,6 +63,10 @@ class ImplementationError(FxmemError, ValueError):
     """An implementation of an operator that is not what it says it is, or that nobody knows."""
 
 
+class PlanError(FxmemError, ValueError):
+    """A saved plan that cannot be read or written, or is for another module, call or version: says what differs."""
+
+
 class MeasureError(FxmemError, ValueError):
     """A training step that cannot be measured: no output requires grad, tensors on several devices, bad counts."""
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 
+import torch
 from torch import fx
 
 from .errors import CaptureError
+
+TORCH_FOLDER = os.path.dirname(torch.__file__) + os.sep
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,16 @@ def source_of(node: fx.Node) -> str:
     frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
     line = f", at {frames[-1][0]}:{frames[-1][1]}" if frames else ""
     return f"node {node.name!r}{where}{line}"
+
+
+def line_of(node: fx.Node) -> str:
+    """ "resnet.py:97", the innermost line outside of PyTorch that calls what the node computes; "" where none is known."""
+    frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
+    own = [(path, line) for path, line in frames if not path.startswith(TORCH_FOLDER)]
+    if not own:
+        return ""
+    path, line = own[-1]
+    return f"{'cell' if 'ipykernel' in path else os.path.basename(path)}:{line}"
 
 
 def clean_path(path: str) -> str:

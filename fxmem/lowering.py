@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx
 
-from .graph_meta import StorageInfo, is_backward, is_view, module_of, require
+from .graph_meta import StorageInfo, is_backward, is_view, line_of, module_of, require
 from .problem import Operator, Problem, Storage
 
 aten = torch.ops.aten
@@ -140,6 +140,8 @@ def _operator(node: fx.Node, infos: tuple[StorageInfo, ...], written: set[fx.Nod
         inplace=_inplace_pairs(node, outputs, infos, returned),
         recomputable=_recomputable(node, written),
         module=module_of(node),
+        source=line_of(node),
+        implementation=node.meta.get("fxmem_implementation", ""),
     )
 
 
@@ -176,4 +178,5 @@ def _dropout_variant(node: fx.Node, dropout: Operator) -> Operator:
         time_s=cost.time_s,
         workspace_bytes=cost.workspace_bytes,
         module=dropout.module,
+        source=dropout.source,
     )

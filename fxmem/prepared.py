@@ -12,9 +12,10 @@ import torch
 from torch import fx, nn
 
 from .baseline import EagerTimeline, eager_timeline
+from .budget import Budget
 from .capture import Capture, capture
 from .cost import CostModel, OpCall, cost_model, workspace_bytes
-from .decisions import Plan
+from .decisions import Origin, Plan
 from .lowering import Lowered, lower
 from .passes import (
     Costs,
@@ -30,10 +31,12 @@ from .passes import (
     SplitConvolutions,
     UpdateBuffers,
 )
+from .progress import detail, phase
 from .schedule import Schedule
 from .solvers import Solution
 from .torch_budget import partitioner_schedules
 from .torch_internals import pytree
+from .version import VERSION
 
 CUDA_ALIGNMENT_BYTES = 512  # the caching allocator's granularity
 
@@ -41,8 +44,8 @@ CUDA_ALIGNMENT_BYTES = 512  # the caching allocator's granularity
 @dataclass(frozen=True)
 class Prepared:
     """One capture, costed by one model. device: None where all tensors were on meta. seconds: what all of it took.
-
-    rewritten: the same step with parts of it written otherwise, where implementations offer that.
+    origin: what plans made of it hold for. rewritten: the same step with parts of it written otherwise, where implementations
+    offer that.
     """
 
     model: str
@@ -52,6 +55,7 @@ class Prepared:
     baseline: EagerTimeline
     cost_model: CostModel
     seconds: float
+    origin: Origin
     rewritten: Prepared | None = None
 
     @property
@@ -64,8 +68,8 @@ class Prepared:
         """The cost model's name."""
         return self.cost_model.name
 
-    def plan(self, solution: Solution, budget_bytes: int | None) -> Plan:
-        """What a solver decided, as users see it."""
+    def plan(self, solution: Solution, budget_bytes: int | None, asked: Budget | None = None) -> Plan:
+        """What a solver decided, as users see it. asked: the budget as the user gave it; otherwise it is budget_bytes."""
         return Plan(
             model=self.model,
             budget_bytes=budget_bytes,
@@ -75,11 +79,14 @@ class Prepared:
             solution=solution,
             cost=self.cost,
             capture_time_s=self.seconds,
+            asked=asked or Budget(size_bytes=budget_bytes),
+            origin=self.origin,
         )
 
     def under(self, cost: str | CostModel) -> Prepared:
         """The same capture costed otherwise."""
         model = _cost_model(cost, self.device)
+        detail(f"Costs, {model.name}")
         Costs(model)(self.captured.joint)
         elsewhere = _on_gpu(model) != _on_gpu(self.cost_model)
         baseline = _baseline(self.captured, model) if elsewhere else self.baseline
@@ -107,7 +114,22 @@ def prepare(
     started = time.perf_counter()
     device = device_of(module, args, kwargs)
     model = _cost_model(cost, device)
+    origin = Origin(
+        fxmem=VERSION,
+        torch=torch.__version__.split("+")[0],
+        device=device.type if device else "meta",
+        mode="train" if module.training else "eval",
+        inputs=_inputs(args, kwargs),
+        output_gradients=output_gradients
+        if output_gradients is None or isinstance(output_gradients, str)
+        else tuple(output_gradients),
+        implementations=None if implementations is None else tuple(implementations),
+        exactness=exactness,
+        inplace=inplace,
+    )
+    phase("capturing")
     captured = capture(module, args, kwargs, output_gradients)
+    phase("preparing")
     for graph_pass in (SplitConvolutions(), NameNodes(), MatchEager(), rewrite_backward):
         graph_pass(captured.joint)
     other = replace(captured, joint=fx.GraphModule(captured.joint, copy.deepcopy(captured.joint.graph)))
@@ -124,13 +146,26 @@ def prepare(
 
     def finish(captured: Capture, baseline: EagerTimeline, rewritten: Prepared | None) -> Prepared:
         for graph_pass in passes:
+            detail(f"Costs, {model.name}" if isinstance(graph_pass, Costs) else type(graph_pass).__name__)
             graph_pass(captured.joint)
-        seconds = time.perf_counter() - started
-        return Prepared(type(module).__name__, captured, device, lower(captured.joint), baseline, model, seconds, rewritten)
+        lowered, seconds = lower(captured.joint), time.perf_counter() - started
+        name = type(module).__name__
+        return Prepared(name, captured, device, lowered, baseline, model, seconds, origin, rewritten)
 
     baseline = _baseline(captured, model)
     rewritten = finish(other, baseline, None) if rewrite(other.joint).modified else None
     return finish(captured, baseline, rewritten)
+
+
+def _inputs(args: tuple, kwargs: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    """Where in the call each leaf stands, and what it is."""
+    given = (*((f"argument {i}", a) for i, a in enumerate(args)), *kwargs.items())
+    return tuple((n + pytree.keystr(path), _told(leaf)) for n, v in given for path, leaf in pytree.tree_leaves_with_path(v))
+
+
+def _told(leaf: Any) -> str:
+    """A leaf of a call: "float32[8, 3, 224, 224]", or the value of what is no tensor."""
+    return f"{leaf.dtype}{list(leaf.shape)}".removeprefix("torch.") if isinstance(leaf, torch.Tensor) else repr(leaf)
 
 
 def device_of(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> torch.device | None:

@@ -47,7 +47,8 @@ class Operator:
     recomputable: False for what must run exactly once.
     replaces: of an alternative, the backward operator in whose place it runs. Where it is faster, that does not count: extra
         time is never below zero.
-    module: the user's module path, for reports.
+    module, source, implementation: for reports: the user's module path; "file.py:12", where the user calls it; the operator
+        implementation that it belongs to, "" for the program's own.
     """
 
     name: str
@@ -59,6 +60,8 @@ class Operator:
     inplace: tuple[tuple[int, int], ...] = ()
     recomputable: bool = True
     module: str = ""
+    source: str = ""
+    implementation: str = ""
     replaces: int | None = None
 
     @property

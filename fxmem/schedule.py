@@ -144,18 +144,23 @@ def _deaths(problem: Problem, schedule: Schedule) -> list[set[int]]:
     return dies
 
 
-def _time_s(problem: Problem, schedule: Schedule) -> float:
-    """Seconds of all steps: a program operator's first run costs time_s, an alternative what it takes more, every other run
-    again_s."""
-    time_s = problem.plain_time_s
+def extra_times_s(problem: Problem, schedule: Schedule) -> list[float]:
+    """Seconds that each step adds to the plain step's: nothing for a program operator's first run, what it takes more for an
+    alternative, again_s for every other run."""
+    extra = []
     first = set(range(problem.num_program))
     for index in schedule.steps:
         place = problem.program_index(index)
-        if place in first:
-            first.discard(place)
-            time_s += problem.slower_s(index)
-        else:
-            time_s += problem.operators[index].again_s
+        extra.append(problem.slower_s(index) if place in first else problem.operators[index].again_s)
+        first.discard(place)
+    return extra
+
+
+def _time_s(problem: Problem, schedule: Schedule) -> float:
+    """Seconds of all steps."""
+    time_s = problem.plain_time_s
+    for extra_s in extra_times_s(problem, schedule):
+        time_s += extra_s
     return time_s
 
 

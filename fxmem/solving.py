@@ -8,9 +8,16 @@ from dataclasses import replace
 from .budget import Budget
 from .errors import InfeasibleBudgetError
 from .problem import Problem
+from .progress import detail, phase
 from .schedule import Schedule, plain_schedule, simulate
 from .solvers import Solution, frontier, least_peak, solve
 from .solvers.driver import NEARLY
+
+
+def unsolved(problem: Problem) -> Solution:
+    """The plain schedule as a Solution: nothing is recomputed, nothing was searched for."""
+    plain = plain_schedule(problem)
+    return Solution(plain, simulate(problem, plain), 0.0, "optimal", "none", 0.0)
 
 
 def choose(
@@ -26,9 +33,10 @@ def choose(
     Raises InfeasibleBudgetError.
     """
     size_bytes = simulate(problem, plain_schedule(problem)).peak_bytes if budget.is_free else budget.resolve(plain_peak_bytes)
+    phase("solving")
     if size_bytes is None:
-        return least_peak(problem, max_overhead=budget.max_overhead, time_limit_s=time_limit_s, starts=starts)
-    return solve(problem, size_bytes, solver=solver, time_limit_s=time_limit_s, starts=starts)
+        return least_peak(problem, max_overhead=budget.max_overhead, time_limit_s=time_limit_s, starts=starts, progress=detail)
+    return solve(problem, size_bytes, solver=solver, time_limit_s=time_limit_s, starts=starts, progress=detail)
 
 
 def choose_program(
@@ -75,7 +83,7 @@ def choose_frontier(problems: Sequence[Problem], points: int, time_limit_s: floa
     plain_s, found = problems[0].plain_time_s or 1.0, []
     for number, problem in enumerate(problems):
         slower = max(0.0, problem.plain_time_s / plain_s - 1) if number else 0.0
-        solutions = frontier(problem, points, time_limit_s=time_limit_s / len(problems))
+        solutions = frontier(problem, points, time_limit_s=time_limit_s / len(problems), progress=detail)
         found += [(number, _over_plain(solution, slower)) for solution in solutions]
     kept: list[tuple[int, Solution]] = []
     for number, solution in sorted(found, key=lambda item: _worth(item[1], least=True)):

@@ -9,6 +9,7 @@ fake tensors, with the strides of the CPU's kernels                   torch._sub
 saved_by_partitioner   what PyTorch itself would keep                 torch._functorch.partitioners
 cpu_memory_events   the CPU allocator's events, by the profiler       kineto_results of torch.autograd.profiler
 TorchDispatchMode, and real tensors inside such modes (real_tensors)   torch.utils._python_dispatch
+memory_viz          from memory snapshots to text and pages           torch.cuda._memory_viz
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -37,8 +39,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 __all__ = [
     "Assignment", "FakeTensor", "FakeTensorMode", "OpOverload", "TorchDispatchMode", "cpu_memory_events", "dynamo_graph",
-    "fake_mode_of", "gradient_layout", "input_role", "joint_graph", "output_role", "pytree", "real_tensors", "restore_rng",
-    "saved_by_partitioner",
+    "fake_mode_of", "gradient_layout", "input_role", "joint_graph", "memory_viz", "output_role", "pytree", "real_tensors",
+    "restore_rng", "saved_by_partitioner",
 ]  # fmt: skip
 
 
@@ -300,6 +302,13 @@ def spec_from_data(data: tuple | None) -> Any:
         return pytree.tree_structure(0)
     kind, context, children = data
     return pytree.TreeSpec(kind, context, [spec_from_data(child) for child in children])
+
+
+def memory_viz() -> ModuleType:
+    """PyTorch's converter of memory snapshots: `trace_plot`, `trace`, `segsum` and others, from a snapshot's dict to text."""
+    import torch.cuda._memory_viz
+
+    return torch.cuda._memory_viz
 
 
 def convolution_backends(x: Any, weight: Any, stride: Any, padding: Any, dilation: Any, groups: int, missing: Any, made: Any):

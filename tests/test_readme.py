@@ -1,11 +1,15 @@
 """The README and the documentation run, and their numbers are those of the stored results."""
 
+import importlib.util
 import re
+import shlex
 
 import pytest
 
 from benchmarks.report import END, ROOT, pages
+from fxmem.__main__ import _parser
 from fxmem.implementations import IMPLEMENTATIONS
+from fxmem.solvers import SOLVERS
 
 README = (ROOT / "README.md").read_text()
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")))
@@ -13,21 +17,39 @@ BLOCKS = [(page, block) for page in PAGES for block in re.findall(r"```python\n(
 
 
 @pytest.mark.parametrize(("page", "block"), BLOCKS, ids=[page for page, _ in BLOCKS])
-def test_python_blocks_run(page, block, capsys):
-    before = dict(IMPLEMENTATIONS)
+def test_python_blocks_run(page, block, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    before = dict(IMPLEMENTATIONS), dict(SOLVERS)
     try:
         exec(compile(block, page, "exec"), {})
     finally:
-        IMPLEMENTATIONS.clear()
-        IMPLEMENTATIONS.update(before)
+        for registry, entries in zip((IMPLEMENTATIONS, SOLVERS), before, strict=True):
+            registry.clear()
+            registry.update(entries)
     expected = {
         "README.md": ("budget",),
         "docs/implementations.md": ("is wrong", "accurate "),
         "docs/how-it-works.md": ("def forward(self, boxed_args)",),
         "docs/memory.md": ("1 3072 ((2, 3),) 4\n", "optimal: 4 intervals in 5632 bytes"),
+        "docs/coming-from.md": ("planned for that: +",),
+        "docs/extending.md": ("added: ",),
+        "docs/seeing.md": ("At the peak",),
     }
     printed = capsys.readouterr().out
     assert any(text in printed for text in expected[page])
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_parse(page):
+    """Commands in shell blocks, and such in the text, are ones that there are."""
+    text = (ROOT / page).read_text()
+    lines = [line for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
+    lines += re.findall(r"`(fxmem (?:demo|plan|frontier|measure|show) [^`]*--[^`]*)`", text)
+    for line in lines:
+        if line.startswith("fxmem ") and line.count("--help") == 0:
+            assert _parser().parse_args(shlex.split(line)[1:]).run
+        for module in re.findall(r"python -m (benchmarks\.\w+)", line):
+            assert importlib.util.find_spec(module), module
 
 
 def test_readme_is_short():

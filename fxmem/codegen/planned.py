@@ -87,6 +87,10 @@ class PlannedModule(fx.GraphModule):
         """The decisions behind this module: see `fxmem.Plan`."""
         return self._plan
 
+    def draw(self, module: str | None = None, axes: Any = None) -> Any:
+        """The graph of one of the user's modules as it runs: see `fxmem.Plan.draw`."""
+        return self._plan.draw(module, axes)
+
     @property
     def source(self) -> nn.Module:
         """The module that this one was made from."""

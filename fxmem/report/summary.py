@@ -1,77 +1,96 @@
-"""The printed summary of a plan: one screen of plain text."""
+"""An account as plain text of one screen, as rich's tables, and as HTML for notebooks."""
 
 from __future__ import annotations
 
-from collections import Counter
-from typing import TYPE_CHECKING
+import html
+import itertools
+import textwrap
+from typing import Any
 
-from ..budget import format_bytes
-from ..schedule import forward_length
+from .account import Account, Table
 
-if TYPE_CHECKING:
-    from ..decisions import Plan
-
-KINDS = ("parameter", "buffer", "input", "activation", "gradient", "workspace")
-TITLES = dict(zip(KINDS, ("parameters", "buffers", "inputs", "activations", "gradients", "workspace"), strict=True))
-WIDTH = 78
-MOST_ROWS = 12
+WIDTH = 100
+GAP = 4
+LONGEST = {"storage": 31, "module": 24, "line": 18, "chosen": 24}  # characters, by column title
+HTML_STYLE = "border-collapse: collapse; margin: 0 1.5em 1em 0;"
 
 
-def summarize(plan: Plan) -> str:
-    """The summary of `plan` as text: peaks by kind, time, and the modules whose values are kept or recomputed."""
-    return "\n".join([*_head(plan), "", *_peaks(plan), "", *_modules(plan)])
+def as_text(account: Account) -> str:
+    """At most WIDTH characters a line; tables side by side where they fit."""
+    lines = [account.title]
+    for name, text in account.facts:
+        lines += textwrap.wrap(text, WIDTH, initial_indent=f"{name:<7}", subsequent_indent=" " * 7)
+    for row in account.tables:
+        blocks = [_text_table(table) for table in row]
+        beside = len(blocks) > 1 and sum(len(b[0]) for b in blocks) + GAP * (len(blocks) - 1) <= WIDTH
+        lines += ["", *(_beside(blocks) if beside else itertools.chain.from_iterable(blocks))]
+    return "\n".join(line.rstrip() for line in lines)
 
 
-def _head(plan: Plan) -> list[str]:
-    budget = "nothing recomputed" if plan.budget_bytes is None else f"budget {format_bytes(plan.budget_bytes)}"
-    extra, bound = 100 * plan.predicted_overhead, 100 * plan.lower_bound_overhead
+def _text_table(table: Table) -> list[str]:
+    """Lines of equal length: the title, the columns' titles, the rows."""
+    rows = [[_shortened(cell, title) for cell, title in zip(row, table.columns, strict=True)] for row in table.rows]
+    widths = [max(map(len, column)) for column in zip(table.columns, *rows, strict=True)]
+    lines = [
+        "  ".join(f"{cell:{'<' if table.is_text(i) else '>'}{widths[i]}}" for i, cell in enumerate(row))
+        for row in (table.columns, *rows)
+    ]
+    lines = [table.title[:WIDTH], *lines] if table.title else lines
+    return [f"{line:<{max(map(len, lines))}}" for line in lines]
+
+
+def _beside(blocks: list[list[str]]) -> list[str]:
+    widths = [len(block[0]) for block in blocks]
     return [
-        f"{plan.model}: {budget}",
-        f"peak   {format_bytes(plan.baseline_peak_bytes)} -> {format_bytes(plan.predicted_peak_bytes)} "
-        f"({plan.predicted_peak_bytes / plan.baseline_peak_bytes:.0%} of the plain module's)",
-        f"time   +{extra:.1f} % predicted ({plan.cost} costs), at least +{bound:.1f} % for this peak; {plan.status}",
-        f"plan   {plan.capture_time_s:.1f} s to capture, {plan.solve_time_s:.1f} s to solve",
+        (" " * GAP).join(f"{cell:<{width}}" for cell, width in zip(cells, widths, strict=True))
+        for cells in itertools.zip_longest(*blocks, fillvalue="")
     ]
 
 
-def _peaks(plan: Plan) -> list[str]:
-    rows = [f"{'at the peak':<16}{'plain':>14}{'planned':>14}"]
-    for kind in KINDS:
-        plain, planned = plan.baseline_by_kind.get(kind, 0), plan.peak_by_kind.get(kind, 0)
-        rows.append(f"{TITLES[kind]:<16}{format_bytes(plain):>14}{format_bytes(planned):>14}")
-    return rows
+def _shortened(cell: str, title: str) -> str:
+    """Names lose their beginnings: where something happens stands at their ends."""
+    most = LONGEST.get(title, WIDTH)
+    return cell if len(cell) <= most else f"...{cell[3 - most :]}"
 
 
-def _modules(plan: Plan) -> list[str]:
-    """Per module: bytes kept from forward to backward, bytes made again instead, and the extra time of that."""
-    kept, again, seconds = kept_and_recomputed(plan)
-    names = sorted({*kept, *again}, key=lambda name: (-seconds[name], -kept[name], name))
-    rows = [f"{'module':<40}{'kept':>12}{'recomputed':>12}{'time':>9}"]
-    for name in names[:MOST_ROWS]:
-        share = seconds[name] / plan.problem.plain_time_s if plan.problem.plain_time_s else 0.0
-        shown = name if len(name) < 40 else f"...{name[-35:]}"
-        rows.append(
-            f"{shown or '(root)':<40}{format_bytes(kept[name]):>12}{format_bytes(again[name]):>12}{100 * share:>7.1f} %"
+def as_rich(account: Account) -> Any:
+    """What `rich.print` shows; only called where rich is installed."""
+    from rich.box import SIMPLE_HEAD
+    from rich.columns import Columns
+    from rich.console import Group
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    def rich_table(table: Table) -> RichTable:
+        made = RichTable(title=table.title or None, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+        for i, title in enumerate(table.columns):
+            made.add_column(title, justify="left" if table.is_text(i) else "right", no_wrap=not table.is_text(i))
+        for row in table.rows:
+            made.add_row(*(Text(cell) for cell in row))
+        return made
+
+    facts = [Text.assemble((f"{name:<7}", "dim"), text) for name, text in account.facts]
+    tables = [Columns([rich_table(table) for table in row], padding=(0, 2)) for row in account.tables]
+    return Group(Text(account.title, style="bold"), *facts, *tables)
+
+
+def as_html(account: Account) -> str:
+    """For notebooks: no scripts, no colours of its own, so that it reads in dark and in light."""
+    facts = "<br>".join(f"<i>{name}</i> {html.escape(text)}" for name, text in account.facts)
+    rows = "".join(
+        f'<div style="display: flex; flex-wrap: wrap;">{"".join(map(_html_table, row))}</div>' for row in account.tables
+    )
+    return f"<b>{html.escape(account.title)}</b><p>{facts}</p>{rows}"
+
+
+def _html_table(table: Table) -> str:
+    def cells(tag: str, row: tuple[str, ...]) -> str:
+        sides = ("left" if table.is_text(i) else "right" for i in range(len(row)))
+        return "".join(
+            f'<{tag} style="text-align: {side};">{html.escape(cell)}</{tag}>' for side, cell in zip(sides, row, strict=True)
         )
-    if len(names) > MOST_ROWS:
-        rows.append(f"... and {len(names) - MOST_ROWS} more modules")
-    return rows
 
-
-def kept_and_recomputed(plan: Plan) -> tuple[Counter, Counter, Counter]:
-    """By module: bytes that wait for the backward, bytes that are made again in it, and the seconds which that takes."""
-    problem, schedule, timeline = plan.problem, plan.solution.schedule, plan.solution.timeline
-    kept, again, seconds = Counter(), Counter(), Counter()
-    alive: set[int] = set()
-    forward_steps = forward_length(problem, schedule)
-    for step, index in enumerate(schedule.steps):
-        operator = problem.operators[index]
-        if step < forward_steps:
-            alive |= set(operator.outputs)
-            alive -= {*timeline.frees[step]}
-        elif problem.program_index(index) not in problem.backward:
-            again[operator.module] += sum(problem.storages[s].size_bytes for s in operator.outputs)
-            seconds[operator.module] += operator.again_s
-    for storage in alive - problem.outputs:
-        kept[problem.operators[problem.producers[storage][0]].module] += problem.storages[storage].size_bytes
-    return kept, again, seconds
+    head = f"<tr>{cells('th', table.columns)}</tr>"
+    body = "".join(f"<tr>{cells('td', row)}</tr>" for row in table.rows)
+    caption = f'<caption style="text-align: left;"><b>{html.escape(table.title)}</b></caption>' if table.title else ""
+    return f'<table style="{HTML_STYLE}">{caption}{head}{body}</table>'

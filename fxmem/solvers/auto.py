@@ -51,6 +51,10 @@ def auto(task: Task) -> Answer:
     if overhead * unit_s > FAR * bound_s and not answer.stopped:
         bound_s = lift(compiled, task.budget_bytes, bound_s, overhead * unit_s, task.limit_s, task.deadline, log)
     bound = bound_s / unit_s
+    if task.progress:
+        task.progress(
+            f"extra time {100 * overhead:.2f} %, no schedule below {100 * bound:.2f} %, gap {100 * (overhead - bound):.2f} %"
+        )
     proven = False
     if overhead - bound > CLOSE and not answer.stopped and binaries(task.problem, compiled) <= MOST_BINARIES:
         exact = milp(replace(task, starts=(found[0],) if found else ()))

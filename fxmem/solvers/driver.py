@@ -66,6 +66,20 @@ def _solve(task: Task, solver: str = "auto") -> Solution:
     return _solution(task, replace(answer, schedule=found[0]), solver, begin)
 
 
+def solve_alone(
+    problem: Problem, budget_bytes: int, solver: str, starts: Sequence[Schedule] = (), time_limit_s: float = 60.0
+) -> Solution | None:
+    """What `solver` finds within `budget_bytes` with nobody standing in for it; None where that is nothing.
+
+    Raises FxmemError for an unknown solver.
+    """
+    begin = time.monotonic()
+    task = Task(problem, budget_bytes, tuple(starts), begin + time_limit_s, None, time_limit_s)
+    answer = find_solver(solver)(task)
+    found = judge(task, [answer.schedule])
+    return found and _solution(task, replace(answer, schedule=found[0]), solver, begin)
+
+
 def least_peak(
     problem: Problem,
     *,

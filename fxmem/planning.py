@@ -1,0 +1,103 @@
+"""From a question to its plan: one that is given, one from the cache, or one that is solved for now."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .budget import Budget
+from .cost import CostModel
+from .decisions import Plan
+from .errors import BudgetError, PlanError
+from .prepared import Prepared, prepare
+from .saving import cache_path, check_fits, load_plan
+from .solving import choose_program, unsolved
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a user asks for one module and call. graph_options: those of `prepare` that decide which operators there are."""
+
+    budget: Budget
+    cost: str | CostModel
+    solver: str
+    time_limit_s: float
+    graph_options: dict[str, Any]
+
+
+def decide(
+    module: nn.Module, args: tuple, kwargs: dict, question: Question, given: Plan | None, cache_dir: str | os.PathLike | None
+) -> tuple[Prepared, Plan]:
+    """The plan for a question: the given one, one from the cache, or one that is solved for now; and the program it is of."""
+    if given is None and cache_dir is None:
+        prepared = prepare(module, args, kwargs, question.cost, **question.graph_options)
+        return solve_for(prepared, question.budget, question.solver, question.time_limit_s)
+    prepared = prepare(module, args, kwargs, "roofline", **question.graph_options)  # which costs nothing to ask
+    if given is not None:
+        return _program_of(given, prepared), given
+    asked = (
+        question.budget,
+        getattr(question.cost, "name", question.cost),
+        torch.get_num_threads(),
+        question.solver,
+        question.time_limit_s,
+    )
+    path = cache_path(cache_dir, _unsolved(prepared), asked)
+    if path.exists():
+        try:
+            found = load_plan(path)
+            return _program_of(found, prepared), found
+        except PlanError as error:
+            log.warning("%s; planning anew", error)
+    program, found = solve_for(prepared.under(question.cost), question.budget, question.solver, question.time_limit_s)
+    found.save(path)
+    return program, found
+
+
+def _unsolved(prepared: Prepared) -> Plan:
+    return prepared.plan(unsolved(prepared.lowered.problem), None)
+
+
+def _program_of(found: Plan, prepared: Prepared) -> Prepared:
+    """The one among the ways to write the step that a plan is of. Raises PlanError."""
+    for program in prepared.programs[1:]:
+        with contextlib.suppress(PlanError):
+            check_fits(found, _unsolved(program))
+            return program
+    check_fits(found, _unsolved(prepared))
+    return prepared
+
+
+def given_plan(plan_: Plan | str | os.PathLike, budget: Any, max_overhead: Any) -> Plan:
+    """The Plan that a user hands over, or the file of. Raises BudgetError where there is a budget beside it, and PlanError."""
+    if budget is not None or max_overhead is not None:
+        raise BudgetError(
+            "both a plan and a budget were given: leave out the budget to follow the plan, or the plan to solve anew"
+        )
+    return plan_ if isinstance(plan_, Plan) else load_plan(plan_)
+
+
+def solve_for(
+    prepared: Prepared, budget: Budget, solver: str, time_limit_s: float, known: Sequence[Plan] = ()
+) -> tuple[Prepared, Plan]:
+    """Solve a prepared step for its best plan; the program that it is of, and the plan. known: earlier plans, to begin from.
+
+    Raises InfeasibleBudgetError.
+    """
+    plain_peak_bytes = prepared.baseline.peak_bytes
+    problems, starts = [p.lowered.problem for p in prepared.programs], {}
+    for number, program in enumerate(prepared.programs):
+        own = [p.solution.schedule for p in known if p.problem is problems[number]]
+        starts[number] = (*own, *(program.partitioner_schedules() if solver == "torch_budget" else ()))
+    number, solution = choose_program(problems, budget, plain_peak_bytes, solver, time_limit_s, starts)
+    budget_bytes = None if budget.is_free else budget.resolve(plain_peak_bytes) or solution.timeline.peak_bytes
+    return prepared.programs[number], prepared.programs[number].plan(solution, budget_bytes, budget)

@@ -1,0 +1,147 @@
+"""What there is to say about a plan, as titled tables of text, before anything decides how they look."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..budget import format_bytes
+from .replay import PEAK_KINDS, TITLES, alive_during, chosen_implementations, is_recompute, maker_of, shares_by_module
+
+if TYPE_CHECKING:
+    from ..decisions import Frontier, Plan
+
+LARGEST = 10
+MODULES = 8
+TEXTS = ("", "storage", "kind", "module", "line", "chosen", "status")
+
+
+@dataclass(frozen=True)
+class Table:
+    """columns: titles; the columns called as in TEXTS hold text, the others numbers."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+    def is_text(self, column: int) -> bool:
+        return self.columns[column] in TEXTS
+
+
+@dataclass(frozen=True)
+class Account:
+    """A title, lines of facts, and tables; `tables[i]` is a row of tables that may stand side by side."""
+
+    title: str
+    facts: tuple[tuple[str, str], ...]
+    tables: tuple[tuple[Table, ...], ...]
+
+
+def account_of_plan(plan: Plan) -> Account:
+    """Peaks by kind, extra time and where it goes, the largest storages at the peak, modules, and implementations."""
+    tables = [(_peaks(plan), *_implementations(plan)), (_largest(plan),), _modules(plan)]
+    return Account(_title(plan), tuple(_facts(plan)), tuple(row for row in tables if row))
+
+
+def account_of_frontier(frontier: Frontier) -> Account:
+    """One row for each plan."""
+    rows = (
+        (f"{p.predicted_peak_bytes:,}", f"{p.predicted_peak_bytes / p.baseline_peak_bytes:.1%}",
+         f"{100 * p.predicted_overhead:.1f} %", f"{100 * p.lower_bound_overhead:.1f} %", p.status)
+        for p in frontier
+    )  # fmt: skip
+    table = Table("", ("peak (bytes)", "of plain", "extra time", "at least", "status"), tuple(rows))
+    return Account(f"{frontier[0].model}: {len(frontier)} plans, {frontier[0].cost} costs", (), ((table,),))
+
+
+def _title(plan: Plan) -> str:
+    budget = "nothing recomputed" if plan.budget_bytes is None else f"budget {format_bytes(plan.budget_bytes)}"
+    return f"{plan.model}: {budget}"
+
+
+def _facts(plan: Plan) -> Iterable[tuple[str, str]]:
+    share = plan.predicted_peak_bytes / plan.baseline_peak_bytes
+    peaks = f"{format_bytes(plan.baseline_peak_bytes)} -> {format_bytes(plan.predicted_peak_bytes)}"
+    yield "peak", f"{peaks} ({share:.0%} of the plain module's)"
+    yield "time", f"+{100 * plan.predicted_overhead:.1f} % predicted ({plan.cost} costs){_parts(plan)}"
+    bound = 100 * plan.lower_bound_overhead
+    yield "found", f"{plan.status}; no plan within this budget takes less than +{bound:.1f} %"
+    steps, timeline = plan.solution.schedule.steps, plan.solution.timeline
+    again = sum(is_recompute(plan.problem, plan.solution.schedule))
+    in_place = sum(pair is not None for pair in timeline.inplace)
+    yield "steps", f"{len(steps):,}, of which {again:,} recompute and {in_place:,} run in place"
+    yield "took", f"{plan.capture_time_s:.1f} s to capture, {plan.solve_time_s:.1f} s to solve"
+
+
+def _parts(plan: Plan) -> str:
+    """Where the extra time goes, where implementations have a part in it."""
+    chosen = _chosen(plan).values()
+    encoders_s, slower_s = sum(c.encoders_s for c in chosen), sum(c.slower_s for c in chosen)
+    if not encoders_s and not slower_s:
+        return ""
+    again_s = plan.solution.timeline.time_s - plan.problem.plain_time_s - encoders_s - slower_s
+    recompute, encoders, slower = (
+        f"{100 * s / plan.problem.plain_time_s:.1f} %" for s in (max(0.0, again_s), encoders_s, slower_s)
+    )
+    return f": recompute {recompute}, encoders {encoders}, slower implementations {slower}"
+
+
+def _peaks(plan: Plan) -> Table:
+    rows = (
+        (TITLES[kind], format_bytes(plan.baseline_by_kind.get(kind, 0)), format_bytes(plan.peak_by_kind.get(kind, 0)))
+        for kind in PEAK_KINDS
+    )
+    return Table("At the peak", ("", "plain", "planned"), tuple(rows))
+
+
+def _implementations(plan: Plan) -> list[Table]:
+    rows = tuple(
+        (name, str(c.places), format_bytes(c.code_bytes), format_seconds(c.encoders_s), format_seconds(c.slower_s))
+        for name, c in _chosen(plan).items()
+    )
+    return [Table("Implementations", ("chosen", "places", "kept", "encoders", "slower by"), rows)] if rows else []
+
+
+def _chosen(plan: Plan):
+    return chosen_implementations(plan.problem, plan.solution.schedule, plan.solution.timeline)
+
+
+def _largest(plan: Plan) -> Table:
+    """The largest of what the step has computed by its peak, and where in the user's code it comes from."""
+    problem, timeline = plan.problem, plan.solution.timeline
+    at_peak = list(alive_during(problem, plan.solution.schedule, timeline))[timeline.peak_step]
+    computed = [s for s in at_peak if problem.producers[s]]
+    rows = []
+    for index in sorted(computed, key=lambda s: (-problem.storages[s].size_bytes, s))[:LARGEST]:
+        storage, maker = problem.storages[index], maker_of(problem, index)
+        rows.append((storage.name, storage.kind, format_bytes(storage.size_bytes), maker.module or "(root)", maker.source))
+    name = problem.operators[plan.solution.schedule.steps[timeline.peak_step]].name
+    return Table(f"Largest at the peak, in {name}", ("storage", "kind", "size", "module", "line"), tuple(rows))
+
+
+def _modules(plan: Plan) -> tuple[Table, ...]:
+    """Modules by bytes kept, and by time recomputed."""
+    shares = shares_by_module(plan.problem, plan.solution.schedule, plan.solution.timeline)
+    kept = sorted((n for n in shares if shares[n].kept_bytes), key=lambda n: (-shares[n].kept_bytes, n))
+    again = sorted((n for n in shares if shares[n].recomputed_bytes), key=lambda n: (-shares[n].recomputed_s, n))
+    plain_s = plan.problem.plain_time_s or 1.0
+    rows = tuple((n or "(root)", format_bytes(shares[n].kept_bytes)) for n in kept[:MODULES])
+    tables = [Table(_ranked("Kept", kept), ("module", "bytes"), rows)] if kept else []
+    rows = tuple(
+        (n or "(root)", format_bytes(shares[n].recomputed_bytes), f"{100 * shares[n].recomputed_s / plain_s:.2f} %")
+        for n in again[:MODULES]
+    )
+    return (*tables, *([Table(_ranked("Recomputed", again), ("module", "bytes", "time"), rows)] if again else []))
+
+
+def _ranked(title: str, names: list[str]) -> str:
+    return f"{title} ({MODULES} of {len(names)} modules)" if len(names) > MODULES else title
+
+
+def format_seconds(seconds: float) -> str:
+    """As in "1.25 ms"."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= size:
+            return f"{seconds / size:.2f} {unit}"
+    return f"{seconds / 1e-6:.1f} us" if seconds else "0"
