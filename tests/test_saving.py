@@ -35,7 +35,7 @@ def no_solver(monkeypatch):
     def choose(*arguments, **keywords):
         raise AssertionError("something is solved")
 
-    monkeypatch.setattr(planning, "choose", choose)
+    monkeypatch.setattr(planning, "choose_program", choose)
 
 
 def test_a_file_holds_all_of_a_plan(planned, path):
@@ -56,6 +56,23 @@ def test_a_saved_plan_computes_the_same(path):
     torch.manual_seed(0)
     model = ConvNet()
     assert_same_steps(copy.deepcopy(model), fxmem.transform(model, IMAGES, plan=path), IMAGES)
+
+
+def test_a_plan_of_a_rewritten_step_is_followed(tmp_path):
+    class Loss(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.head = torch.nn.Embedding(50, 16), torch.nn.Linear(16, 3000)
+
+        def forward(self, x):
+            return torch.nn.functional.cross_entropy(self.head(self.table(x)).flatten(0, 1), x.flatten())
+
+    module, x = Loss(), torch.randint(0, 50, (4, 50))
+    planned = transform(module, (x,), exactness="accurate")
+    planned.plan.save(tmp_path / "plan.json")
+    again = fxmem.transform(module, (x,), plan=tmp_path / "plan.json")
+    assert "linear_cross_entropy" in planned.regions[-1].forward_graph.code == again.regions[-1].forward_graph.code
+    assert again.plan == planned.plan
 
 
 def test_another_call_is_planned_for_the_same_budget(path):
@@ -164,7 +181,7 @@ def test_the_cache(tmp_path, monkeypatch, caplog):
     other = fxmem.plan(ConvNet(), IMAGES, budget=0.8, **options)
     assert len(list((tmp_path / "plans").iterdir())) == 2 and first != other
     with monkeypatch.context() as patched:
-        patched.setattr(planning, "choose", None)
+        patched.setattr(planning, "choose_program", None)
         assert fxmem.plan(ConvNet(), IMAGES, budget=0.7, **options) == first
         assert fxmem.transform(ConvNet(), IMAGES, budget=0.8, **options).plan == other
     for file in (tmp_path / "plans").iterdir():
