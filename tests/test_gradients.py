@@ -109,6 +109,13 @@ def test_state_that_is_not_read_counts(traced):
     assert_same_steps(copy.deepcopy(given), planned, (x,))
 
 
+def test_state_that_is_neither_read_nor_dense_is_let_be():
+    module, x = Holds(), rows()
+    module.register_buffer("sparse", torch.eye(3).to_sparse())
+    planned = transform(module, (x,))
+    assert torch.equal(planned(x), module(x)) and planned.sparse is module.sparse
+
+
 def test_a_step_takes_no_copy_where_none_is_needed():
     joint = prepare(nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)), (rows(),), {}, "cpu").captured.joint
     assert torch.ops.aten.clone.default not in {n.target for n in joint.graph.nodes}
