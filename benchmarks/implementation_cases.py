@@ -21,7 +21,7 @@ class Between(nn.Module):
 
 CASES: dict[str, Callable[[], nn.Module]] = {
     "batch_norm_statistics": lambda: Between(nn.BatchNorm2d(4), nn.SiLU(), nn.BatchNorm2d(4, affine=False), nn.SiLU()),
-    "convolution_transposed": lambda: Between(nn.Conv2d(4, 6, 3, 2, 1), nn.Conv2d(6, 6, 3, padding=1, groups=6)),
+    "convolution_transposed": lambda: Between(nn.Conv2d(4, 6, 5, 2, 1), nn.Conv2d(6, 6, 5, padding=1)),
     "relu_bits": lambda: Between(nn.ReLU()),
     "relu_input": lambda: Between(nn.ReLU()),
     "leaky_relu_bits": lambda: Between(nn.LeakyReLU(0.1)),

@@ -80,6 +80,7 @@ def capture(
         names, input_names = _names(module), _input_names(module, args, kwargs)
         in_spec = pytree.tree_structure((args, kwargs))
         graph_module, args, kwargs = _torch_level(module, args, kwargs)
+        _add_unused_state(graph_module, module)
         values = _output_values(graph_module, args, kwargs)
         differentiated, attached = _detach_outputs(graph_module, values, output_gradients)
         joint, out_spec = _aot(graph_module, args, kwargs)
@@ -209,6 +210,17 @@ def _torch_level(module: nn.Module, args: tuple, kwargs: dict) -> tuple[fx.Graph
         traced, assignments = dynamo_graph(module, args, kwargs)
     _check_assignments(module, traced, assignments)
     return traced, args, kwargs
+
+
+def _add_unused_state(graph_module: fx.GraphModule, module: nn.Module) -> None:
+    """What the module holds but does not read is there during the step all the same."""
+    held = (*graph_module.parameters(), *graph_module.buffers(), *vars(graph_module).values())
+    used = {id(t) for t in held if isinstance(t, torch.Tensor)}
+    for i, tensor in enumerate(t for t in (*module.parameters(), *module.buffers()) if id(t) not in used):
+        if isinstance(tensor, nn.Parameter):
+            graph_module.register_parameter(f"fxmem_unused_{i}", tensor)
+        else:
+            graph_module.register_buffer(f"fxmem_unused_{i}", tensor)
 
 
 def _check_recurrent(graph_module: fx.GraphModule) -> None:

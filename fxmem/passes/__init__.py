@@ -5,6 +5,7 @@ SplitConvolutions   the backward of a convolution as two operators
 NameNodes       names nodes after modules and what they compute
 UpdateBuffers   writes buffers where they change
 ShapeProp       fake values and storages of every node
+OwnGradients    gradients in storages of their own
 Liveness        first and last uses, bytes alive
 MarkRegions     where the chain of regions is cut
 OfferImplementations   other ways to run backward operators, for the solver to choose from
@@ -20,6 +21,7 @@ from .mark_inplace import MarkInplace
 from .match_eager import MatchEager
 from .names import NameNodes
 from .offer import OfferImplementations
+from .own_gradients import OwnGradients
 from .regions import MarkRegions
 from .rematerialize import Rematerialize
 from .shape_prop import ShapeProp
@@ -27,6 +29,6 @@ from .split_convolutions import SplitConvolutions
 from .update_buffers import UpdateBuffers
 
 __all__ = [
-    "Costs", "Liveness", "MarkInplace", "MarkRegions", "MatchEager", "NameNodes", "OfferImplementations", "Pass",
-    "Rematerialize", "ShapeProp", "SplitConvolutions", "UpdateBuffers",
+    "Costs", "Liveness", "MarkInplace", "MarkRegions", "MatchEager", "NameNodes", "OfferImplementations", "OwnGradients",
+    "Pass", "Rematerialize", "ShapeProp", "SplitConvolutions", "UpdateBuffers",
 ]  # fmt: skip
