@@ -114,7 +114,7 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("factory", metavar="MODULE:FACTORY", help="what makes the model")
     parser.add_argument("--input", action="append", default=[], metavar="SPEC", help="an argument's shape, as in 32,3,224,224")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    parser.add_argument("--time-limit", type=_seconds, default=40.0, metavar="S", help="seconds to solve (%(default)s)")
+    parser.add_argument("--time-limit", type=_seconds, default=30.0, metavar="S", help="seconds to solve (%(default)s)")
 
 
 def _planning_options(parser: argparse.ArgumentParser) -> None:

@@ -19,10 +19,10 @@ from benchmarks.models import gpt2, on_meta, resnet50
 from fxmem.budget import format_bytes
 from fxmem.errors import FxmemError, MissingExtraError, PlanError
 from fxmem.problem import Operator, Problem, Storage
-from fxmem.report.account import account_of_plan, format_seconds
+from fxmem.report.account import Account, Table, account_of_plan, format_seconds
 from fxmem.report.replay import bytes_by_kind, chosen_implementations, is_recompute, shares_by_module, step_times_s
 from fxmem.report.snapshot import snapshot_of
-from fxmem.report.summary import WIDTH
+from fxmem.report.summary import WIDTH, as_text
 from fxmem.schedule import Schedule, plain_schedule, simulate
 from fxmem.torch_internals import memory_viz
 
@@ -101,6 +101,16 @@ def test_summary_is_one_screen(plan, large):
         lines = str(one).splitlines()
         assert len(lines) <= 50 and max(map(len, lines)) <= WIDTH and one.summary() == str(one)
     assert "resnet.py:" in str(large[0]) and "layer1" in str(large[0]) and "transformer.h." in str(large[1])
+
+
+def test_no_name_is_too_long():
+    """Names lose their beginnings, facts are wrapped, titles cut."""
+    name = "encoder." * 20 + "last"
+    columns = ("storage", "kind", "size", "module", "line")
+    table = Table(name, columns, ((name, "activation", "1,023.9 MB", name, f"{name}.py:12345"),))
+    lines = as_text(Account("m", (("found", "one word " * 30),), ((table,), (table, table)))).splitlines()
+    assert max(map(len, lines)) <= WIDTH and sum("coder.last" in line for line in lines) == 3
+    assert [line[:7] for line in lines[1:4]] == ["found  ", " " * 7, " " * 7]
 
 
 def test_rich_and_html_say_the_same(plan):

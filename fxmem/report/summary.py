@@ -11,7 +11,7 @@ from .account import Account, Table
 
 WIDTH = 100
 GAP = 4
-LONGEST = {"storage": 31, "module": 24, "line": 18, "chosen": 24}  # characters, by column title
+LONGEST = {"storage": 30, "module": 24, "line": 18, "chosen": 24}  # characters, by column title
 HTML_STYLE = "border-collapse: collapse; margin: 0 1.5em 1em 0;"
 
 
