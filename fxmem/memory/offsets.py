@@ -25,8 +25,8 @@ from .intervals import Interval, MaxLive, Sections, check_intervals, max_live
 from .search import Preference, Search
 from .verify import verify
 
-SHORTEST_TRY = 3  # nodes, by the number of intervals
-PULLS, NOISE = (0.3, 0.01, 0.1, 0.0, 0.03), 0.3  # of the tries' preferences
+SHORTEST_TRY = 2  # nodes, by the number of intervals
+PULLS, NOISE = (0.3, 0.01, 0.1, 0.3, 0.03), 0.3  # of the tries' preferences
 FIRST_TRIES = 8
 MOST_CELLS = 1 << 24  # intervals times sections that the search has memory for
 

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -59,12 +59,19 @@ class Outcome:
 
 @dataclass(frozen=True)
 class _Part:
-    """Intervals left (by first section), connected in time, over sections [begin, begin + len(floors)); parent: the place on
-    the stack of the choice that made it; near: the section of that choice."""
+    """A state: intervals left (by first section), connected in time, over the sections from `begin` on.
+
+    floors, loads: of each section; loads are the sizes left. heads: of each interval. Floors and heads have not settled yet
+    after the change to the sections changed[0] to changed[1] - 1. parent: the place on the stack of the choice that made
+    it; near: the section of that choice.
+    """
 
     left: np.ndarray
     begin: int
     floors: np.ndarray
+    loads: np.ndarray
+    heads: np.ndarray
+    changed: tuple[int, int]
     parent: int
     near: int
 
@@ -81,16 +88,15 @@ class Search:
         self.never = np.iinfo(dtype).max // 2
         self.sizes, self.alignments = sizes.astype(dtype), alignments.astype(dtype)
         self.aligned = bool((alignments > 1).any())
-        self.weights = (sections.covers * self.sizes[:, None]).astype(dtype)
+        self.loads = (sections.loads // unit).astype(dtype)
         self.failed: dict[bytes, list[np.ndarray]] = {}
         self.remembered_bytes = 0
 
     def run(self, preference: Preference, node_limit: float, deadline: float) -> Outcome:
         """Look for a placement. node_limit: states to look at; deadline: of time.monotonic()."""
         offsets = np.zeros(len(self.sizes), np.int64)
-        floors = np.zeros(self.sections.count, self.sizes.dtype)
         agenda = None
-        for part in self._parts(np.arange(len(self.sizes)), 0, floors, -1, 0):
+        for part in self._cut(self._root()):
             agenda = part, agenda
         stack, nodes = [], 0
         while agenda is not None:
@@ -112,66 +118,91 @@ class Search:
                 agenda = part, agenda
         return Outcome(offsets * self.sections.unit, False, nodes)
 
+    def _root(self) -> _Part:
+        count, zeros = len(self.sizes), np.zeros_like(self.loads)
+        return _Part(np.arange(count), 0, zeros, self.loads, np.zeros_like(self.sizes), (0, self.sections.count), -1, 0)
+
     def _children(self, part: _Part, preference: Preference, offsets: np.ndarray, place: int) -> Iterator[list[_Part]]:
         """The cases of a state: for each, the parts that are left, all of which must be solved."""
         left, columns = part.left, slice(part.begin, part.begin + len(part.floors))
-        weights = self.weights[left, columns]
-        covers = weights > 0
-        floors, heads = self._settle(part, covers)
-        slack = self._slack(left, weights, floors, heads)
+        covers = self.sections.covers[left, columns]
+        part, window = self._settle(part, covers)
         key = self._key(left)
-        if slack is None or any((known <= floors).all() for known in self.failed.get(key, ())):
+        if not self._holds(part, covers, window) or any((k <= part.floors).all() for k in self.failed.get(key, ())):
             return
-        away = np.abs(np.arange(len(floors)) + part.begin - part.near)
-        column, lying = _choose(covers, floors, heads, slack / (self.capacity + 1), 1 + preference.pull * away)
-        floor, near, tried = floors[column], part.begin + column, set()
+        slack = self.capacity - part.floors - part.loads
+        away = np.abs(np.arange(len(slack)) + part.begin - part.near)
+        column, lying = _choose(covers, part.floors, part.heads, slack / (self.capacity + 1), 1 + preference.pull * away)
+        floor, tried = part.floors[column], set()
+        part = replace(part, parent=place, near=part.begin + column)
         for i in sorted(lying, key=lambda i: preference.rank[left[i]]):
-            same = (self.sizes[left[i]], self.alignments[left[i]], covers[i].tobytes())
-            if same in tried:
-                continue
-            tried.add(same)
-            offsets[left[i]] = floor
-            above = np.where(covers[i], floor + self.sizes[left[i]], floors)
-            yield self._parts(np.delete(left, i), part.begin, above, place, near)
+            same = tuple(array[left[i]] for array in (self.sizes, self.alignments, self.sections.first, self.sections.last))
+            if same not in tried:
+                tried.add(same)
+                offsets[left[i]] = floor
+                yield self._cut(self._without(part, i))
         if slack[column]:
-            raised = self._next_floor(left, covers, heads, column, lying)
+            raised = self._next_floor(part, column, lying)
             if raised - floor <= slack[column]:
-                above = floors.copy()
+                above = part.floors.copy()
                 above[column] = raised
-                yield [_Part(left, part.begin, above, place, near)]
-        self._remember(key, floors)
+                yield [replace(part, floors=above, changed=(part.near, part.near + 1))]
+        self._remember(key, part.floors)
 
-    def _settle(self, part: _Part, covers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Floors and heads that follow from each other."""
-        left, floors = part.left, part.floors
-        bounds = np.empty(2 * len(left), np.int64)
-        bounds[::2], bounds[1::2] = self.sections.first[left] - part.begin, self.sections.last[left] + 1 - part.begin
-        while True:
+    def _settle(self, part: _Part, covers: np.ndarray) -> tuple[_Part, tuple[np.ndarray, int, int]]:
+        """Floors and heads that follow from each other; and what may have changed: which intervals, and from which column to
+        which."""
+        first, last = self.sections.first[part.left] - part.begin, self.sections.last[part.left] - part.begin
+        bounds = np.stack((first, last + 1), axis=1).ravel()
+        low, high = part.changed[0] - part.begin, part.changed[1] - part.begin
+        floors, heads = part.floors, part.heads
+        while low < high:
+            before = heads
             heads = np.maximum.reduceat(np.append(floors, floors.dtype.type(0)), bounds)[::2]
             if self.aligned:
-                heads = -(-heads // self.alignments[left]) * self.alignments[left]
-            settled = np.where(covers, heads[:, None], self.never).min(axis=0)
-            if (settled == floors).all():
-                return floors, heads
-            floors = settled
+                heads = -(-heads // self.alignments[part.left]) * self.alignments[part.left]
+            moved = np.flatnonzero(heads != before)
+            low, high = int(first[moved].min(initial=low)), int(last[moved].max(initial=high - 1)) + 1
+            rows = np.flatnonzero((first < high) & (last >= low))
+            settled = np.where(covers[rows, low:high], heads[rows, None], self.never).min(axis=0)
+            if (settled == floors[low:high]).all():
+                return replace(part, floors=floors, heads=heads), (rows, low, high)
+            floors = np.concatenate((floors[:low], settled, floors[high:]))
+        return part, (np.arange(0), 0, 0)
 
-    def _slack(self, left: np.ndarray, weights: np.ndarray, floors: np.ndarray, heads: np.ndarray) -> np.ndarray | None:
-        """What each section has to spare, or None where one cannot hold what is left."""
+    def _holds(self, part: _Part, covers: np.ndarray, window: tuple[np.ndarray, int, int]) -> bool:
+        """Whether each section can hold what is left in it, by the bound; where nothing changed it could before."""
+        rows, low, high = window
+        heads, sizes = part.heads[rows], self.sizes[part.left[rows]]
+        if not len(rows):
+            return True
+        if (heads + sizes).max() > self.capacity or (part.floors + part.loads)[low:high].max() > self.capacity:
+            return False
         order = np.argsort(-heads, kind="stable")
-        sums = np.cumsum(weights[order], axis=0, dtype=weights.dtype)
-        slack = self.capacity - floors - sums[-1]
-        if (heads + self.sizes[left] > self.capacity).any() or (slack < 0).any():
-            return None
-        sums += heads[order][:, None]
-        return None if sums.max() > self.capacity else slack
+        sums = np.cumsum(covers[rows[order], low:high] * sizes[order, None], axis=0, dtype=sizes.dtype)
+        sums += heads[order, None]
+        return bool(sums.max() <= self.capacity)
 
-    def _next_floor(self, left: np.ndarray, covers: np.ndarray, heads: np.ndarray, column: int, lying: np.ndarray) -> int:
+    def _next_floor(self, part: _Part, column: int, lying: np.ndarray) -> int:
         """The lowest offset in the section if nothing lies on its floor: that of what cannot lie there anyway, or upon an
         interval that is not in this section, and that overlaps one that could lie there."""
-        higher = heads[covers[:, column] & (heads > heads[lying[0]])]
-        beside = covers[lying] @ covers[~covers[:, column]].T
-        tops = (heads + self.sizes[left])[~covers[:, column]]
-        return min(int(higher.min(initial=self.never)), int(np.where(beside, tops, self.never).min(initial=self.never)))
+        first, last = self.sections.first[part.left], self.sections.last[part.left]
+        here = (first <= part.begin + column) & (last >= part.begin + column)
+        higher = part.heads[here & (part.heads > part.floors[column])]
+        under = ((first[lying, None] <= last) & (last[lying, None] >= first)).any(axis=0) & ~here
+        tops = (part.heads + self.sizes[part.left])[under]
+        return min(int(higher.min(initial=self.never)), int(tops.min(initial=self.never)))
+
+    def _without(self, part: _Part, i: int) -> _Part:
+        """The interval `left[i]` laid on the floor, which all of its sections share."""
+        k = part.left[i]
+        low, high = int(self.sections.first[k]), int(self.sections.last[k]) + 1
+        span = slice(low - part.begin, high - part.begin)
+        floors, loads = part.floors.copy(), part.loads.copy()
+        floors[span] = part.heads[i] + self.sizes[k]
+        loads[span] -= self.sizes[k]
+        left, heads = np.delete(part.left, i), np.delete(part.heads, i)
+        return replace(part, left=left, heads=heads, floors=floors, loads=loads, changed=(low, high))
 
     def _key(self, left: np.ndarray) -> bytes:
         bits = np.zeros(len(self.sizes), bool)
@@ -183,17 +214,19 @@ class Search:
             self.failed.setdefault(key, []).append(floors)
             self.remembered_bytes += floors.nbytes + len(key)
 
-    def _parts(self, left: np.ndarray, begin: int, floors: np.ndarray, parent: int, near: int) -> list[_Part]:
-        """Cut where no interval crosses; the largest first, as the last one is taken first."""
-        if not len(left):
+    def _cut(self, part: _Part) -> list[_Part]:
+        """The parts between which no interval crosses; the largest first, as the last one is taken first."""
+        if not len(part.left):
             return []
-        first, last = self.sections.first[left], self.sections.last[left]
+        first, last = self.sections.first[part.left], self.sections.last[part.left]
         reach = np.maximum.accumulate(last)
-        cuts = [0, *(np.flatnonzero(first[1:] > reach[:-1]) + 1), len(left)]
+        cuts = [0, *(np.flatnonzero(first[1:] > reach[:-1]) + 1), len(first)]
         parts = []
         for a, b in zip(cuts, cuts[1:], strict=False):
-            span = slice(first[a] - begin, reach[b - 1] + 1 - begin)
-            parts.append(_Part(left[a:b], int(first[a]), floors[span], parent, near))
+            low, high = int(first[a]), int(reach[b - 1]) + 1
+            span, changed = slice(low - part.begin, high - part.begin), (max(low, part.changed[0]), min(high, part.changed[1]))
+            left, heads, floors, loads = part.left[a:b], part.heads[a:b], part.floors[span], part.loads[span]
+            parts.append(_Part(left, low, floors, loads, heads, changed, part.parent, part.near))
         return sorted(parts, key=lambda part: -len(part.left))
 
 
@@ -207,7 +240,8 @@ def _choose(
     lower_than_left = np.append(True, floors[edges] < floors[edges - 1])
     lower_than_right = np.append(floors[edges - 1] < floors[edges], True)
     valley = np.repeat(lower_than_left & lower_than_right, ends - starts)
-    lying = covers & (heads[:, None] == floors)
-    options = lying.sum(axis=0) + (slack > 0)
-    column = int(np.argmin(np.where(valley, options * weights + slack, np.inf)))
-    return column, np.flatnonzero(lying[:, column])
+    valleys = np.flatnonzero(valley)
+    lying = covers[:, valleys] & (heads[:, None] == floors[valleys])
+    options = lying.sum(axis=0) + (slack[valleys] > 0)
+    best = int(np.argmin(options * weights[valleys] + slack[valleys]))
+    return int(valleys[best]), np.flatnonzero(lying[:, best])
