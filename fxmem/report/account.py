@@ -66,7 +66,7 @@ def _facts(plan: Plan) -> Iterable[tuple[str, str]]:
     yield "peak", f"{peaks} ({share:.0%} of the plain module's)"
     yield "time", f"+{100 * plan.predicted_overhead:.1f} % predicted ({plan.cost} costs){_parts(plan)}"
     bound = 100 * plan.lower_bound_overhead
-    yield "found", f"{plan.status}; no plan within this budget takes less than +{bound:.1f} %"
+    yield "found", f"{plan.status}; none within this budget is below +{bound:.1f} %"
     steps, timeline = plan.solution.schedule.steps, plan.solution.timeline
     again = sum(is_recompute(plan.problem, plan.solution.schedule))
     in_place = sum(pair is not None for pair in timeline.inplace)
