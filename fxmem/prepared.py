@@ -24,6 +24,7 @@ from .passes import (
     MatchEager,
     NameNodes,
     OfferImplementations,
+    Pass,
     RewriteParts,
     ShapeProp,
     SplitConvolutions,
@@ -110,7 +111,25 @@ def prepare(
     for graph_pass in (SplitConvolutions(), NameNodes(), MatchEager(), rewrite_backward):
         graph_pass(captured.joint)
     other = replace(captured, joint=fx.GraphModule(captured.joint, copy.deepcopy(captured.joint.graph)))
-    passes = (
+    passes = _annotations(device, model, offer, inplace)
+
+    def finish(captured: Capture, baseline: EagerTimeline | None = None) -> Prepared:
+        for graph_pass in passes:
+            graph_pass(captured.joint)
+        lowered = lower(captured.joint)
+        baseline, seconds = baseline or _baseline(captured, model), time.perf_counter() - started
+        return Prepared(type(module).__name__, captured, device, lowered, baseline, model, seconds)
+
+    plain = finish(captured)
+    if not rewrite(other.joint).modified:
+        return plain
+    rewritten = finish(other, plain.baseline)
+    return replace(plain, rewritten=rewritten, seconds=rewritten.seconds)
+
+
+def _annotations(device: torch.device | None, model: CostModel, offer: Pass, inplace: bool) -> tuple[Pass, ...]:
+    """The passes that one way of writing the step goes through, in order."""
+    return (
         UpdateBuffers(),
         ShapeProp(alignment_bytes=CUDA_ALIGNMENT_BYTES if device and device.type == "cuda" else 1),
         Liveness(),
@@ -119,16 +138,6 @@ def prepare(
         *((MarkInplace(),) if inplace else ()),
         Costs(model),
     )
-
-    def finish(captured: Capture, baseline: EagerTimeline, rewritten: Prepared | None) -> Prepared:
-        for graph_pass in passes:
-            graph_pass(captured.joint)
-        seconds = time.perf_counter() - started
-        return Prepared(type(module).__name__, captured, device, lower(captured.joint), baseline, model, seconds, rewritten)
-
-    baseline = _baseline(captured, model)
-    rewritten = finish(other, baseline, None) if rewrite(other.joint).modified else None
-    return finish(captured, baseline, rewritten)
 
 
 def device_of(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> torch.device | None:
