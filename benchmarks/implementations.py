@@ -1,11 +1,10 @@
 """What operator implementations and operators in place save, what they cost, and how exact and how fast they are.
 
 `python -m benchmarks.implementations` plans the models of `benchmarks.step` for a roofline at several budgets: by recompute
-alone, with operators in place, with other implementations, with both, and with the accurate ones too. `--measure` runs them,
-at the step's own sizes, on this machine instead. `--table` makes the table of all implementations, and `--speed` compares masks as
-bits with a plain copy.
-`--monet` plans MONeT's five models at MONeT's batches and fractions of the plain peak (Shah et al. 2021, one P100). Results are
-stored; `python -m benchmarks.report` puts them into the documentation.
+alone, with operators in place, with other implementations, with both, and with the accurate ones too. `--measure` runs them, at
+the step's own sizes, on this machine instead. `--table` makes the table of all implementations, and `--speed` compares masks as
+bits with a plain copy. `--monet` plans MONeT's five models at its batches and fractions of the plain peak (Shah et al. 2021,
+one P100). Results are stored; `python -m benchmarks.report` puts them into the documentation.
 """
 
 from __future__ import annotations

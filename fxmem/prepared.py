@@ -26,6 +26,7 @@ from .passes import (
     NameNodes,
     OfferImplementations,
     OwnGradients,
+    Pass,
     RewriteParts,
     ShapeProp,
     SplitConvolutions,
@@ -133,7 +134,26 @@ def prepare(
     for graph_pass in (SplitConvolutions(), NameNodes(), MatchEager(), rewrite_backward):
         graph_pass(captured.joint)
     other = replace(captured, joint=fx.GraphModule(captured.joint, copy.deepcopy(captured.joint.graph)))
-    passes = (
+    passes = _annotations(device, model, offer, inplace)
+
+    def finish(captured: Capture, baseline: EagerTimeline | None = None) -> Prepared:
+        for graph_pass in passes:
+            detail(f"Costs, {model.name}" if isinstance(graph_pass, Costs) else type(graph_pass).__name__)
+            graph_pass(captured.joint)
+        lowered = lower(captured.joint)
+        baseline, seconds = baseline or _baseline(captured, model), time.perf_counter() - started
+        return Prepared(type(module).__name__, captured, device, lowered, baseline, model, seconds, origin)
+
+    plain = finish(captured)
+    if not rewrite(other.joint).modified:
+        return plain
+    rewritten = finish(other, plain.baseline)
+    return replace(plain, rewritten=rewritten, seconds=rewritten.seconds)
+
+
+def _annotations(device: torch.device | None, model: CostModel, offer: Pass, inplace: bool) -> tuple[Pass, ...]:
+    """The passes that one way of writing the step goes through, in order."""
+    return (
         UpdateBuffers(),
         ShapeProp(alignment_bytes=CUDA_ALIGNMENT_BYTES if device and device.type == "cuda" else 1),
         OwnGradients(),
@@ -143,18 +163,6 @@ def prepare(
         *((MarkInplace(),) if inplace else ()),
         Costs(model),
     )
-
-    def finish(captured: Capture, baseline: EagerTimeline, rewritten: Prepared | None) -> Prepared:
-        for graph_pass in passes:
-            detail(f"Costs, {model.name}" if isinstance(graph_pass, Costs) else type(graph_pass).__name__)
-            graph_pass(captured.joint)
-        lowered, seconds = lower(captured.joint), time.perf_counter() - started
-        name = type(module).__name__
-        return Prepared(name, captured, device, lowered, baseline, model, seconds, origin, rewritten)
-
-    baseline = _baseline(captured, model)
-    rewritten = finish(other, baseline, None) if rewrite(other.joint).modified else None
-    return finish(captured, baseline, rewritten)
 
 
 def _inputs(args: tuple, kwargs: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:

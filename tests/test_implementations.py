@@ -17,7 +17,19 @@ from benchmarks.implementation_cases import CASES, Between, images
 from fxmem.checking import force
 from fxmem.errors import ImplementationError
 from fxmem.graph_meta import is_backward
-from fxmem.implementations import CODE, IMPLEMENTATIONS, Call, Choice, bits, choose_implementations, hardtanh, max_pool, relu
+from fxmem.implementations import (
+    CODE,
+    IMPLEMENTATIONS,
+    Call,
+    Choice,
+    Result,
+    Rewrite,
+    bits,
+    choose_implementations,
+    hardtanh,
+    max_pool,
+    relu,
+)
 from fxmem.passes import OfferImplementations
 from fxmem.prepared import prepare
 
@@ -382,3 +394,35 @@ def test_a_pickled_plan_runs_in_a_new_process(tmp_path):
 
 
 MODULE_FOR_PICKLE = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+
+
+def test_a_rewrite_of_ones_own(registered):
+    """The forward makes the derivative itself, which the backward multiplies by."""
+
+    @registered("sigmoid_derivative", aten.sigmoid_backward.default, exactness="accurate")
+    def sigmoid_derivative(node):
+        gradient, result = node.args
+        forward = Call(aten.aminmax.default, (result,), {"dim": 0, "keepdim": True})
+        return Rewrite({node: Call(aten.mul.Tensor, (gradient, Result(1)))}, forward, result)
+
+    @registered("sigmoid_again", aten.sigmoid_backward.default)
+    def sigmoid_again(node):
+        return Rewrite({node: Call(node.target, node.args)})
+
+    module, x = Between(nn.Sigmoid()), images()
+    assert fxmem.check_implementation("sigmoid_again", module, (x,)).places == 1
+    with pytest.raises(ImplementationError, match="'sigmoid_derivative' fails on node .* it reads 'layers_0_sigmoid'"):
+        transform(module, (x,), exactness="accurate")  # it reads what is only made behind it
+
+
+def test_a_rewrite_is_written_where_its_operands_are():
+    from fxmem.capture import capture
+    from fxmem.passes import RewriteParts
+
+    joint = capture(CASES["chunked_cross_entropy"](), (images(),), {}).joint
+    before = [n.target for n in joint.graph.nodes]
+    assert not RewriteParts(exactness="accurate", forward=False)(joint).modified
+    assert before == [n.target for n in joint.graph.nodes]
+    assert RewriteParts(exactness="accurate")(joint).modified and joint.meta["fxmem_rewrites"] == 1
+    assert not {aten._log_softmax.default, aten.nll_loss_backward.default} & {n.target for n in joint.graph.nodes}
+    assert not RewriteParts(exactness="accurate")(joint).modified

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from ..errors import ImplementationError
 from ..graph_meta import is_backward
 from ..implementations import Call, Implementation, Result, Rewrite, choose_implementations
 from ..torch_internals import fake_mode_of, pytree
@@ -73,6 +74,9 @@ class _Writer:
             lambda a: self.results[a.index] if isinstance(a, Result) else a, (call.args, dict(call.kwargs))
         )
         node = self.graph.create_node("call_function", call.target, args, kwargs, name)
+        late = next((read.name for read in node.all_input_nodes if node < read), None)
+        if late is not None:
+            raise ImplementationError(f"in the place of {beside.name!r} it reads {late!r}, which is made only behind that")
         values, named = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
         with torch.no_grad(), fake_mode_of((values, named), allow_real=True):
             value: Any = call.target(*values, **named)
