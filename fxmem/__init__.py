@@ -14,8 +14,9 @@ _PLACES = {
     "codegen.planned": ("PlannedModule",),
     "cost": ("CostModel", "OpCost"),
     "errors": (
-        "BudgetError", "CaptureError", "CostError", "FxmemError", "ImplementationError", "InfeasibleBudgetError",
-        "MeasureError", "MissingExtraError", "ProblemError", "TapeError",
+        "BudgetError", "CapacityError", "CaptureError", "CostError", "FxmemError", "ImplementationError",
+        "InfeasibleBudgetError", "MeasureError", "MissingExtraError", "OffsetError", "PlacementError", "ProblemError",
+        "TapeError",
     ),
     "implementations": ("register_implementation",),
     "measuring": ("Measurement", "PairMeasurement", "measure", "measure_pair"),
