@@ -1,7 +1,7 @@
 """MiniMalloc's CSV (google/minimalloc): a row for each buffer, the columns id, lower, upper and size, in any order.
 
-A column `alignment` is optional, `offset` is a solution's. Older files have a column `end`, for the last moment alive in some and
-for the one after it in others, so these are refused; so are `gaps` in a life.
+A column `alignment` is optional, `offset` is a solution's. Older files have a column `end`, for the last moment alive in some
+and for the one after it in others, so these are refused; so are `gaps` in a life.
 """
 
 from __future__ import annotations
