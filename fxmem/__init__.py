@@ -16,8 +16,9 @@ _PLACES = {
     "codegen.planned": ("PlannedModule",),
     "cost": ("CostModel", "OpCost"),
     "errors": (
-        "BudgetError", "CaptureError", "CostError", "FxmemError", "ImplementationError", "InfeasibleBudgetError",
-        "MeasureError", "MissingExtraError", "PlanError", "ProblemError", "TapeError",
+        "BudgetError", "CapacityError", "CaptureError", "CostError", "FxmemError", "ImplementationError",
+        "InfeasibleBudgetError", "MeasureError", "MissingExtraError", "OffsetError", "PlacementError", "PlanError",
+        "ProblemError", "TapeError",
     ),
     "implementations": ("register_implementation",),
     "measuring": ("Measurement", "PairMeasurement", "measure", "measure_pair"),

@@ -228,11 +228,6 @@ def test_csv_is_written_as_it_is_read(tmp_path):
     assert (tmp_path / "a.csv").read_text() == (FOLDER / "A.1048576.csv").read_text()
 
 
-def test_older_names_of_columns(tmp_path):
-    (tmp_path / "old.csv").write_text("buffer_id,start,end,size\na,0,3,4\nb,4,5,6\n\n")
-    assert read_csv(tmp_path / "old.csv") == (Interval("a", 0, 4, 4), Interval("b", 4, 6, 6))
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -242,6 +237,8 @@ def test_older_names_of_columns(tmp_path):
         ("id,lower,upper,size\na,0,3,1\na,0,3,1\n", "two intervals have the id 'a'"),
         ("id,lower,size\na,0,3\n", "columns id, lower, size; needed, once each: id, lower, upper, size"),
         ("id,lower,upper,size,gaps\na,0,3,1,1-2\n", "columns id, lower, upper, size, gaps"),
+        ("id,lower,lower,upper,size\n", "needed, once each"),
+        ("buffer,start,end,size\na,0,3,1\n", "columns buffer, start, end, size; needed, once each: id, lower, upper, size"),
         ("", "columns none"),
     ],
 )

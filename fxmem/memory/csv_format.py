@@ -1,7 +1,7 @@
 """MiniMalloc's CSV (google/minimalloc): a row for each buffer, the columns id, lower, upper and size, in any order.
 
-A column `alignment` is optional, `offset` is a solution's. Its older names are read too: `buffer` or `buffer_id` for the id,
-`begin` or `start` for lower, and `end` for the last moment alive, which is upper - 1. `gaps` in a life are not supported.
+A column `alignment` is optional, `offset` is a solution's. Older files have a column `end`, for the last moment alive in some
+and for the one after it in others, so these are refused; so are `gaps` in a life.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from .intervals import Interval, check_intervals
 
 COLUMNS = ("id", "lower", "upper", "size")
 OPTIONAL = ("alignment", "offset")
-OLDER = {"buffer": "id", "buffer_id": "id", "begin": "lower", "start": "lower"}
 Path = str | os.PathLike[str]
 
 
@@ -25,8 +24,8 @@ def read_csv(path: Path) -> tuple[Interval, ...]:
     intervals = []
     for line, row in _rows(path):
         numbers = {name: _integer(path, line, name, text) for name, text in row.items() if name != "id"}
-        end = numbers["upper"] if "upper" in numbers else numbers["end"] + 1
-        intervals.append(Interval(row["id"], numbers["lower"], end, numbers["size"], numbers.get("alignment", 1)))
+        span = numbers["lower"], numbers["upper"]
+        intervals.append(Interval(row["id"], *span, numbers["size"], numbers.get("alignment", 1)))
         try:
             check_intervals(intervals[-1:])
         except OffsetError as error:
@@ -69,7 +68,7 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     """Each row's line in the file, and its fields by column."""
     with pathlib.Path(path).open(newline="") as file:
         reader = csv.reader(file)
-        names = [OLDER.get(name.strip(), name.strip()) for name in next(reader, [])]
+        names = [name.strip() for name in next(reader, [])]
         _check_columns(path, names)
         for fields in reader:
             if len(fields) not in (0, len(names)):
@@ -82,9 +81,8 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
 
 
 def _check_columns(path: Path, names: list[str]) -> None:
-    required = [c if c != "upper" or "end" not in names else "end" for c in COLUMNS]
-    unknown = [n for n in names if n not in (*required, *OPTIONAL)]
-    missing = [c for c in required if c not in names]
+    unknown = [n for n in names if n not in (*COLUMNS, *OPTIONAL)]
+    missing = [c for c in COLUMNS if c not in names]
     if unknown or missing or len(set(names)) < len(names):
         raise OffsetError(
             f"{os.fspath(path)}, line 1: columns {', '.join(names) or 'none'}; needed, once each: {', '.join(COLUMNS)}; "

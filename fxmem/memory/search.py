@@ -18,7 +18,7 @@ or nothing does, and the floor rises to the next offset at which something can. 
 searched twice, and sections without slack leave little choice.
 
 Complete: without a limit it ends with a placement or with the proof that there is none. A node takes O(intervals x sections)
-in numpy, in 64 bits or, where the capacity allows, 32.
+at most, in numpy; what a choice cannot have changed is not looked at again.
 """
 
 from __future__ import annotations
