@@ -152,9 +152,9 @@ def _recomputable(node: fx.Node, written: set[fx.Node]) -> bool:
     if node.kwargs.get("generator") is not None:
         return False
     if node.target is BATCH_NORM and node.args[5] is True:
-        # Run again it neither reads nor makes running statistics, so nothing but the write may want these.
+        # Run again it neither reads nor makes running statistics, so nobody may want these later.
         moved = (u for u in node.users if u.args[1] in (3, 4))
-        return all("fxmem_writes" in u.meta for item in moved for u in item.users)
+        return all("fxmem_writes" in u.meta or u.op == "output" for item in moved for u in item.users)
     return not any(n in written for n in node.all_input_nodes)
 
 
