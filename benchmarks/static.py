@@ -1,9 +1,11 @@
-"""Offsets in one block of memory: `python -m benchmarks.static --instances FILE...`.
+"""Offsets in one block of memory: of the models' training steps, or of stored instances.
 
-Each file is a CSV of MiniMalloc's (`fxmem.memory.read_csv`), with the capacity that is to be reached in its name
-(`A.1048576.csv`) or in `--capacity`; without either the least arena is looked for. A row says whether the capacity was reached,
-in how many seconds and how many nodes of the complete search, and what other allocators need. Rows are stored in
-benchmarks/results/static.json, one for each instance and capacity; `--json` prints them, a JSON object a line.
+`python -m benchmarks.static` plans the models of `benchmarks.step` on meta tensors, with the roofline of a device, plain and for
+a budget, and places what their steps make. With `--instances FILE...` it places CSVs of MiniMalloc's instead
+(`fxmem.memory.read_csv`), with the capacity that is to be reached in each file's name (`A.1048576.csv`) or in `--capacity`;
+without either the least arena is looked for. A row says whether it was reached, in how many seconds and how many nodes of the
+complete search, and what other allocators need. Rows are stored in benchmarks/results/static.json, one for each instance and
+capacity; `--json` prints them, a JSON object a line.
 """
 
 from __future__ import annotations
@@ -12,13 +14,18 @@ import argparse
 import json
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
-from fxmem.errors import CapacityError, FxmemError
-from fxmem.memory import Interval, max_live, plan_offsets, read_csv
+from fxmem.codegen.calls import canonical_call
+from fxmem.errors import CapacityError, FxmemError, InfeasibleBudgetError
+from fxmem.memory import Interval, intervals_of, max_live, plan_offsets, read_csv
+from fxmem.prepared import prepare
+from fxmem.schedule import plain_schedule
+from fxmem.solvers import solve
 
 from .allocators import other_allocators
+from .models import MODELS, on_meta
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "static.json"
 LAYOUT = "{:<20}{:>10}{:>14}{:>14}{:>14}{:>9}{:>9}{:>8}  {:<24}{}"
@@ -76,6 +83,26 @@ def row_of(instance: str, intervals: Sequence[Interval], capacity: int | None, t
     )  # fmt: skip
 
 
+def rows_of_model(name: str, fraction: float, device: str, time_limit_s: float) -> Iterator[Row]:
+    """A model's step as it is traced, and planned for a fraction of the plain peak where that can be."""
+    example = on_meta(MODELS[name])()
+    args, kwargs = canonical_call(example.module, example.args, example.kwargs)
+    prepared = prepare(example.module, args, kwargs, device)
+    problem = prepared.lowered.problem
+    yield row_of(f"{name}, plain", intervals_of(problem, plain_schedule(problem)), None, time_limit_s)
+    try:
+        schedule = solve(problem, int(fraction * prepared.baseline.peak_bytes), time_limit_s=time_limit_s).schedule
+    except InfeasibleBudgetError:
+        return
+    yield row_of(f"{name}, {fraction:g}", intervals_of(problem, schedule), None, time_limit_s)
+
+
+def rows_of_files(files: Sequence[str], capacity: int | None, time_limit_s: float) -> Iterator[Row]:
+    for path in map(pathlib.Path, files):
+        wanted = capacity if capacity is not None else capacity_in(path)
+        yield row_of(path.name.removesuffix(".csv"), read_csv(path), wanted, time_limit_s)
+
+
 def capacity_in(path: pathlib.Path) -> int | None:
     """The number before the file's suffix."""
     parts = path.name.split(".")
@@ -93,20 +120,25 @@ def save(row: Row) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """0 where every instance was solved, 1 where one was not, 2 where one cannot be read."""
     options = _parser().parse_args(arguments)
+    names = options.models.split(",")
+    if not options.instances and not set(names) <= set(MODELS):
+        print(f"unknown models; there are: {', '.join(MODELS)}", file=sys.stderr)
+        return 2
+    if options.instances:
+        rows = rows_of_files(options.instances, options.capacity, options.time_limit)
+    else:
+        rows = (r for name in names for r in rows_of_model(name, options.budget, options.device, options.time_limit))
     if not options.json:
         print(COLUMNS, flush=True)
     solved = True
-    for path in map(pathlib.Path, options.instances):
-        try:
-            intervals = read_csv(path)
-        except (FxmemError, OSError) as error:
-            print(error, file=sys.stderr)
-            return 2
-        capacity = options.capacity if options.capacity is not None else capacity_in(path)
-        row = row_of(path.name.removesuffix(".csv"), intervals, capacity, options.time_limit)
-        solved &= row.reached
-        print(json.dumps(asdict(row)) if options.json else row.line, flush=True)
-        save(row)
+    try:
+        for row in rows:
+            solved &= row.reached
+            print(json.dumps(asdict(row)) if options.json else row.line, flush=True)
+            save(row)
+    except (FxmemError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 2
     return 0 if solved else 1
 
 
@@ -114,9 +146,16 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="benchmarks.static", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--instances", nargs="+", required=True, metavar="FILE", help="CSV files of intervals")
+    parser.add_argument("--models", default=",".join(MODELS), help=f"comma-separated (all: {', '.join(MODELS)})")
+    parser.add_argument(
+        "--budget", type=float, default=0.5, help="the fraction of the plain peak that is planned for (%(default)s)"
+    )
+    parser.add_argument("--device", default="P100", help="the roofline that plans are made with (%(default)s)")
+    parser.add_argument("--instances", nargs="+", default=[], metavar="FILE", help="CSV files of intervals instead of models")
     parser.add_argument("--capacity", type=int, help="bytes; by default the number in each file's name")
-    parser.add_argument("--time-limit", type=float, default=60.0, help="seconds for one instance")
+    parser.add_argument(
+        "--time-limit", type=float, default=60.0, help="seconds for one instance, and for planning its schedule"
+    )
     parser.add_argument("--json", action="store_true", help="print a JSON object a line")
     return parser
 

@@ -4,9 +4,12 @@ import json
 import pathlib
 
 import pytest
+import torch
+from torch import nn
 
 from benchmarks import static
 from benchmarks.allocators import MIB, caching_allocator_bytes, other_allocators
+from benchmarks.models import Example
 from fxmem.memory import Interval
 
 FOLDER = pathlib.Path(__file__).parent / "data" / "minimalloc"
@@ -72,3 +75,15 @@ def test_a_file_that_is_none(capsys, tmp_path):
 @pytest.mark.parametrize(("name", "capacity"), [("A.1048576.csv", 1048576), ("joint.csv", None), ("a.b.csv", None)])
 def test_capacities_are_in_names(name, capacity):
     assert static.capacity_in(pathlib.Path(name)) == capacity
+
+
+def test_the_steps_of_models(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(static, "RESULTS", tmp_path / "static.json")
+    layers = [nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.Tanh()) for _ in range(4)]
+    monkeypatch.setitem(static.MODELS, "chain", lambda: Example(nn.Sequential(*layers).to("meta"), (torch.randn(2, 4, 8, 8),)))
+    assert static.main(["--models", "chain", "--budget", "0.7", "--time-limit", "1"]) == 0
+    rows = json.loads(static.RESULTS.read_text())
+    assert [r["instance"] for r in rows] == ["chain, plain", "chain, 0.7"]
+    assert all(r["arena_bytes"] == r["lower_bound_bytes"] == r["max_live_bytes"] for r in rows)
+    assert rows[1]["arena_bytes"] < rows[0]["arena_bytes"]
+    assert static.main(["--models", "none"]) == 2
