@@ -60,7 +60,7 @@ CASES: dict[str, Callable[[], nn.Module]] = {
     "batch_norm_statistics": lambda: Between(
         nn.Tanh(), nn.BatchNorm2d(4), nn.SiLU(), nn.BatchNorm2d(4, affine=False), nn.SiLU()
     ),
-    "convolution_transposed": lambda: Between(nn.Conv2d(4, 6, 3, 2, 1), nn.Conv2d(6, 6, 3, padding=1, groups=6)),
+    "convolution_transposed": lambda: Between(nn.Conv2d(4, 6, 5, 2, 1), nn.Conv2d(6, 6, 5, padding=1)),
     "elu_output": lambda: Between(nn.ELU(0.7), nn.SELU(), nn.CELU(1.5)),
     "embedding_rows": lambda: Between(TiedHead(), channels=16),
     "relu_bits": lambda: Between(nn.ReLU()),

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn.parameter import is_lazy
 
 from .errors import CaptureError
 from .graph_meta import is_backward, source_of
@@ -74,12 +75,14 @@ def capture(
     Raises CaptureError, naming node, module and source line, for what cannot be captured rightly.
     """
     kwargs = dict(kwargs)
+    _check_state(module)
     _check_devices(module, args, kwargs)
     with restore_rng():
         module, args, kwargs = on_fake_tensors(module, args, kwargs)
         names, input_names = _names(module), _input_names(module, args, kwargs)
         in_spec = pytree.tree_structure((args, kwargs))
         graph_module, args, kwargs = _torch_level(module, args, kwargs)
+        _add_unused_state(graph_module, module)
         values = _output_values(graph_module, args, kwargs)
         differentiated, attached = _detach_outputs(graph_module, values, output_gradients)
         joint, out_spec = _aot(graph_module, args, kwargs)
@@ -119,6 +122,12 @@ def on_fake_tensors(module: nn.Module, args: tuple, kwargs: dict) -> tuple[nn.Mo
     """The module and a call of it as they are traced: inputs fake, and parameters and buffers too where they were on meta."""
     module = _without_meta(module)
     return module, *_fake_inputs(module, args, kwargs)
+
+
+def _check_state(module: nn.Module) -> None:
+    lazy = next((name for name, t in (*module.named_parameters(), *module.named_buffers()) if is_lazy(t)), None)
+    if lazy is not None:
+        raise CaptureError(f"{lazy!r} is not initialized yet: call the module once, so that its lazy layers learn their shapes")
 
 
 def _check_devices(module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -209,6 +218,18 @@ def _torch_level(module: nn.Module, args: tuple, kwargs: dict) -> tuple[fx.Graph
         traced, assignments = dynamo_graph(module, args, kwargs)
     _check_assignments(module, traced, assignments)
     return traced, args, kwargs
+
+
+def _add_unused_state(graph_module: fx.GraphModule, module: nn.Module) -> None:
+    """What the module holds but does not read is there during the step all the same."""
+    held = (*graph_module.parameters(), *graph_module.buffers(), *vars(graph_module).values())
+    used = {id(t) for t in held if isinstance(t, torch.Tensor)}
+    state = (t for t in (*module.parameters(), *module.buffers()) if t.layout is torch.strided)
+    for i, tensor in enumerate(t for t in state if id(t) not in used):
+        if isinstance(tensor, nn.Parameter):
+            graph_module.register_parameter(f"fxmem_unused_{i}", tensor)
+        else:
+            graph_module.register_buffer(f"fxmem_unused_{i}", tensor)
 
 
 def _check_recurrent(graph_module: fx.GraphModule) -> None:

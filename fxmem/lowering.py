@@ -149,8 +149,11 @@ def _recomputable(node: fx.Node, written: set[fx.Node]) -> bool:
         return False
     if node.kwargs.get("generator") is not None:
         return False
-    reads_written = any(n in written for n in node.all_input_nodes)
-    return not reads_written or (node.target is BATCH_NORM and node.args[5] is True)
+    if node.target is BATCH_NORM and node.args[5] is True:
+        # Run again it neither reads nor makes running statistics, so nobody may want these later.
+        moved = (u for u in node.users if u.args[1] in (3, 4))
+        return all("fxmem_writes" in u.meta or u.op == "output" for item in moved for u in item.users)
+    return not any(n in written for n in node.all_input_nodes)
 
 
 def _inplace_pairs(

@@ -239,7 +239,9 @@ def _one_device(tensors: Iterable[torch.Tensor]) -> torch.device:
 
 def distinct_bytes(tensors: Iterable[torch.Tensor]) -> int:
     """Bytes of the storages behind `tensors`, each counted once."""
-    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
+    return sum(
+        {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors if t.layout is torch.strided}.values()
+    )
 
 
 @contextlib.contextmanager

@@ -24,6 +24,7 @@ from .passes import (
     MatchEager,
     NameNodes,
     OfferImplementations,
+    OwnGradients,
     Pass,
     RewriteParts,
     ShapeProp,
@@ -132,6 +133,7 @@ def _annotations(device: torch.device | None, model: CostModel, offer: Pass, inp
     return (
         UpdateBuffers(),
         ShapeProp(alignment_bytes=CUDA_ALIGNMENT_BYTES if device and device.type == "cuda" else 1),
+        OwnGradients(),
         Liveness(),
         MarkRegions(),
         offer,

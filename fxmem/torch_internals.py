@@ -5,7 +5,7 @@ dynamo_graph        one torch-level graph of any nn.Module            torch._dyn
 what the joint graph's placeholders and outputs mean                  torch._functorch._aot_autograd.descriptors
 pytree                                                                torch.utils._pytree
 OpOverload          what an operator of the dispatcher is             torch._ops
-fake tensors                                                          torch._subclasses.fake_tensor
+fake tensors, with the strides of the CPU's kernels                   torch._subclasses.fake_tensor
 saved_by_partitioner   what PyTorch itself would keep                 torch._functorch.partitioners
 cpu_memory_events   the CPU allocator's events, by the profiler       kineto_results of torch.autograd.profiler
 TorchDispatchMode, and real tensors inside such modes (real_tensors)   torch.utils._python_dispatch
@@ -31,13 +31,56 @@ from torch._dynamo.side_effects import SideEffects
 from torch._functorch._aot_autograd import descriptors
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 from torch._ops import OpOverload
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensorMode as _FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 __all__ = [
     "Assignment", "FakeTensor", "FakeTensorMode", "OpOverload", "TorchDispatchMode", "cpu_memory_events", "dynamo_graph",
-    "fake_mode_of", "input_role", "joint_graph", "output_role", "pytree", "real_tensors", "restore_rng", "saved_by_partitioner",
+    "fake_mode_of", "gradient_layout", "input_role", "joint_graph", "output_role", "pytree", "real_tensors", "restore_rng",
+    "saved_by_partitioner",
 ]  # fmt: skip
+
+
+aten = torch.ops.aten
+RESULT_LIKE = {  # the operand whose memory format the CPU's kernel gives its first result, where fake operators keep strides
+    aten._native_batch_norm_legit.no_stats: 0,
+    aten._native_batch_norm_legit_functional.default: 0,
+    aten._native_batch_norm_legit_no_training.default: 0,
+    aten.native_batch_norm.default: 0,
+    aten.native_batch_norm_backward.default: 1,
+    aten.native_group_norm_backward.default: 1,
+    aten.roll.default: 0,
+}
+CONTIGUOUS_RESULT = {
+    aten._log_softmax_backward_data.default,
+    aten.log_sigmoid_forward.default,
+    aten.native_layer_norm_backward.default,
+}
+
+
+class FakeTensorMode(_FakeTensorMode):
+    """PyTorch's, but that results have the strides that the CPU's kernels give them, also of operands that are transposed."""
+
+    def dispatch(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        taken = args
+        if func is aten.native_group_norm_backward.default:  # transposed, it would refuse what the kernel takes
+            taken = (*(self._formatted(a, torch.contiguous_format) for a in args[:2]), *args[2:])
+        made = super().dispatch(func, types, taken, kwargs)
+        like = RESULT_LIKE.get(func)
+        if like is None and func not in CONTIGUOUS_RESULT:
+            return made
+        memory_format = torch.contiguous_format if like is None else suggested_format(args[like])
+        results = made if isinstance(made, tuple) else (made,)
+        count = len(results) if func is aten.log_sigmoid_forward.default else 1
+        results = (*(self._formatted(r, memory_format) for r in results[:count]), *results[count:])
+        return results if isinstance(made, tuple) else results[0]
+
+    def _formatted(self, tensor: torch.Tensor | None, memory_format: torch.memory_format) -> torch.Tensor | None:
+        if tensor is None or tensor.device.type != "cpu" or tensor.is_contiguous(memory_format=memory_format):
+            return tensor
+        keywords = {"dtype": tensor.dtype, "device": tensor.device, "memory_format": memory_format}
+        return super().dispatch(aten.empty.memory_format, (), (list(tensor.shape),), keywords)
 
 
 @dataclass(frozen=True)
@@ -271,3 +314,10 @@ def convolution_backends(x: Any, weight: Any, stride: Any, padding: Any, dilatio
 def suggested_format(tensor: torch.Tensor) -> torch.memory_format:
     """The memory format that PyTorch's own kernels read off the tensor's strides."""
     return torch._prims_common.suggest_memory_format(tensor)
+
+
+def gradient_layout(tensor: torch.Tensor) -> tuple[int, ...]:
+    """The strides with which autograd keeps a leaf's gradient (torch/csrc/autograd/functions/accumulate_grad.h)."""
+    if torch._prims_common.is_non_overlapping_and_dense_or_false(tensor):
+        return tuple(tensor.stride())
+    return tuple(torch._prims_common.make_contiguous_strides_for(tensor.shape))

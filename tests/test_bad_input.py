@@ -267,6 +267,12 @@ def test_a_planned_module_inside():
         transform(nn.Sequential(nn.Linear(8, 8), planned), X)
 
 
+def test_layers_that_do_not_know_their_shape_yet():
+    module = nn.Sequential(nn.Linear(2, 2), nn.LazyLinear(2))
+    with pytest.raises(fxmem.CaptureError, match="'1.weight' is not initialized yet: call the module once"):
+        fxmem.transform(module, (torch.randn(1, 2),))
+
+
 def test_sparse_gradients():
     module = nn.Sequential(nn.Embedding(10, 4, sparse=True), nn.Linear(4, 4))
     with refused(module, fxmem.CaptureError, "torch.sparse_coo", "module '0'"):

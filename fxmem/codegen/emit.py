@@ -53,7 +53,6 @@ class _Emitter:
             node = self.lowered.nodes[index]
             if node is output:  # the end of the forward: incoming gradients are there from here on
                 self._enter(("backward", max(region for _, region in regions)))
-                self._hand_over_tangents(awaited)
                 continue
             self._enter(regions[step])
             self._run_step(step, index, node)
@@ -76,14 +75,9 @@ class _Emitter:
         awaited: dict[fx.Node, list[fx.Node]] = {}
         for value in output.all_input_nodes:
             awaited.setdefault(self.infos[value.meta["fxmem_storages"][0]].node, []).append(value)
-        for maker in [m for m in awaited if m.op == "placeholder" and not _is_tangent(m)]:
+        for maker in [m for m in awaited if m.op == "placeholder"]:
             self._hand_over(awaited.pop(maker))
         return awaited
-
-    def _hand_over_tangents(self, awaited: dict[fx.Node, list[fx.Node]]) -> None:
-        """Gradients that only show an incoming one in another shape are complete when it comes."""
-        for maker in [m for m in awaited if _is_tangent(m)]:
-            self._hand_over(awaited.pop(maker))
 
     def _hand_over(self, values: Iterable[fx.Node]) -> None:
         """Fix what the graph returns: a later recompute of the same bytes makes another value."""
@@ -196,12 +190,6 @@ class _Emitter:
 
     def _mark(self, node: fx.Node) -> None:
         node.meta["fxmem_phase"], node.meta["fxmem_region"] = self.place
-
-
-def _is_tangent(node: fx.Node) -> bool:
-    """Whether the node is an incoming gradient."""
-    role = node.meta.get("fxmem_role")
-    return role is not None and role.kind == "tangent"
 
 
 def _is_item(node: fx.Node, infos) -> bool:

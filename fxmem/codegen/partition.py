@@ -31,8 +31,7 @@ class RegionSpec:
 
     arguments: the Roles (parameters, buffers, inputs) of its arguments.
     saved: indices of the arguments that its backward reads.
-    gradients: for each gradient that it hands over (argument index, its name on the tape, whether a later graph reads it too,
-        output leaves that it depends on).
+    gradients: for each gradient that it hands over (argument index, its name on the tape, output leaves that it depends on).
     results: in the last region, for each tensor output of the model (leaf index, its name on the tape, whether the backward
         reads it too).
     tangents: in the last region, for each incoming gradient (leaf index, the name that it gets on the tape, strides).
@@ -43,7 +42,7 @@ class RegionSpec:
     backward: GraphSpec
     arguments: tuple[Role, ...]
     saved: tuple[int, ...]
-    gradients: tuple[tuple[int, str, bool, frozenset[int]], ...]
+    gradients: tuple[tuple[int, str, frozenset[int]], ...]
     results: tuple[tuple[int, str, bool], ...] = ()
     tangents: tuple[tuple[int, str, tuple[int, ...]], ...] = ()
 
@@ -78,6 +77,7 @@ class _Partition:
         pairs = list(zip(output.args[0], output.meta["fxmem_roles"], strict=True))
         self.results = [(role.key, value) for value, role in pairs if role.kind in ("output", "output_only")]
         self.gradients = [(role.key, value) for value, role in pairs if role.kind == "gradient"]
+        self.last_read = self._last_reads()
         self.last_use = self._last_uses()
         self.tangents = _tangent_dependencies(graph)
 
@@ -89,8 +89,17 @@ class _Partition:
         return region if node.meta["fxmem_phase"] == "forward" else 2 * self.count - 1 - region
 
     def _giver(self, value: fx.Node) -> int:
-        """The backward graph that hands a gradient over: the one that makes it, or the first."""
-        return max(self.home.get(value, 0), self.count)
+        """The backward graph that hands a gradient over: the last one that reads its bytes, since a hook may change them."""
+        return max(self.last_read[s] for s in value.meta["fxmem_storages"])
+
+    def _last_reads(self) -> dict[int, int]:
+        """The last graph that makes or reads the bytes of each storage."""
+        last: dict[int, int] = {}
+        for number, nodes in enumerate(self.members):
+            for node in nodes:
+                for shown in (node, *node.all_input_nodes):
+                    last.update(dict.fromkeys(shown.meta.get("fxmem_storages", ()), number))
+        return last
 
     def _last_uses(self) -> dict[fx.Node, int]:
         """The last graph that reads each value; the model's outputs are read by the last forward graph."""
@@ -119,9 +128,7 @@ class _Partition:
             backward=self._spec(backward_number, backward_reads, arguments, [v for _, v in gradients]),
             arguments=tuple(self.roles[n] for n in arguments),
             saved=tuple(arguments[n] for n in backward_reads if n in arguments),
-            gradients=tuple(
-                (arguments[role_of[r]], v.name, self.last_use[v] > backward_number, self.tangents[v]) for r, v in gradients
-            ),
+            gradients=tuple((arguments[role_of[r]], v.name, self.tangents[v]) for r, v in gradients),
             results=tuple((leaf, v.name, self.last_use[v] > forward_number) for leaf, v in results),
             tangents=self._tangents() if region == self.count - 1 else (),
         )

@@ -112,14 +112,8 @@ class Region(nn.Module):
     def run_backward(self, tape: Tape, arguments: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
         """Run the backward graph; returns the gradients that are complete then, by argument index."""
         _run(self.backward_graph, self.spec.backward, tape, arguments)
-        gradients = {}
-        for argument, name, _, depends_on in self.spec.gradients:
-            if not depends_on or depends_on - tape.absent:
-                gradients[argument] = tape.values[name]
-        for _, name, read_later, _ in self.spec.gradients:
-            if not read_later:
-                tape.values.pop(name, None)
-        return gradients
+        complete = {argument: tape.values.pop(name) for argument, name, _ in self.spec.gradients}
+        return {a: complete[a] for a, _, depends_on in self.spec.gradients if not depends_on or depends_on - tape.absent}
 
 
 def _region(spec: RegionSpec, forward: list, backward: list, *rest) -> Region:

@@ -172,9 +172,16 @@ def _reduction(call: OpCall) -> int:
     return x.numel() * (4 if x.is_floating_point() else 8) + 2 * sum(t.numel() * 4 for t in call.outputs)
 
 
+def _batch_norm(call: OpCall) -> int:
+    """The CPU takes operands as they lie."""
+    return 0 if _on_cpu(call) else _contiguous_copies(call)
+
+
 def _batch_norm_backward(call: OpCall) -> int:
-    """One temporary of the input's size on the CPU, and copies of operands that are not contiguous."""
-    return _contiguous_copies(call) + (_bytes(call.inputs[1]) if _on_cpu(call) else 0)
+    """One temporary of the input's size on the CPU where both operands are contiguous."""
+    if not _on_cpu(call):
+        return _contiguous_copies(call)
+    return _bytes(call.inputs[1]) if all(t.is_contiguous() for t in call.inputs[:2]) else 0
 
 
 def _layer_norm_backward(call: OpCall) -> int:
@@ -238,9 +245,9 @@ def _gpu_attention_backward(call: OpCall) -> int:
 WORKSPACE: dict[object, Callable[[OpCall], int]] = {
     aten.convolution: _convolution,
     aten.convolution_backward: _convolution_backward,
-    aten.native_batch_norm: _contiguous_copies,
-    aten._native_batch_norm_legit: _contiguous_copies,
-    aten._native_batch_norm_legit_functional: _contiguous_copies,
+    aten.native_batch_norm: _batch_norm,
+    aten._native_batch_norm_legit: _batch_norm,
+    aten._native_batch_norm_legit_functional: _batch_norm,
     aten.native_batch_norm_backward: _batch_norm_backward,
     aten.native_layer_norm: _contiguous_copies,
     aten.native_layer_norm_backward: _layer_norm_backward,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -97,6 +97,8 @@ def register_implementation(
     serves: targets of the nodes, as in `torch.ops.aten.threshold_backward.default`.
     Raises ImplementationError for an unknown exactness, or a name that another function has.
     """
+    if not isinstance(name, str) or not name or name.startswith("-"):
+        raise ImplementationError(f'{name!r} cannot be chosen by name: give text that does not begin with "-"')
     if exactness not in EXACTNESS:
         raise ImplementationError(f"implementation {name!r} has exactness={exactness!r}; allowed: {', '.join(EXACTNESS)}")
     if not serves:
@@ -112,17 +114,18 @@ def register_implementation(
     return register
 
 
-def choose_implementations(names: Sequence[str] | None, exactness: str) -> tuple[Implementation, ...]:
+def choose_implementations(names: Collection[str] | None, exactness: str) -> tuple[Implementation, ...]:
     """Those of an exactness: all of them (None), the named ones, or, with names that begin with "-", all but those.
 
     Raises ImplementationError, with what is known, for what is not.
     """
     if exactness not in EXACTNESS:
         raise ImplementationError(f"exactness={exactness!r} was given; allowed: {', '.join(EXACTNESS)}")
-    given = list(names or ())
-    unknown = [n for n in given if n.removeprefix("-") not in IMPLEMENTATIONS]
-    if isinstance(names, str) or unknown:
-        wrong = "give a tuple of names" if isinstance(names, str) else f"{unknown[0]!r} is not known"
+    listed = names is None or (isinstance(names, Collection) and not isinstance(names, str))
+    given = list(names or ()) if listed else []
+    unknown = [n for n in given if not isinstance(n, str) or n.removeprefix("-") not in IMPLEMENTATIONS]
+    if not listed or unknown:
+        wrong = f"{unknown[0]!r} is not known" if listed else "give a tuple of names"
         raise ImplementationError(
             f"implementations={names!r}: {wrong}; "
             f'the implementations are: {", ".join(sorted(IMPLEMENTATIONS))}; "-name" leaves one out'

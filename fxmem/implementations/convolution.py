@@ -12,19 +12,20 @@ from .base import Call, Choice, register_implementation
 
 aten = torch.ops.aten
 INPUT_ALONE = [True, False, False]
-SAME_KERNEL = {("Mkldnn", "MkldnnTranspose"), ("Cudnn", "CudnnTranspose"), ("Slow2d", "SlowTranspose2d")}
+SAME_KERNEL = {("Mkldnn", "MkldnnTranspose"), ("Cudnn", "CudnnTranspose")}
 
 
 @register_implementation("convolution_transposed", aten.convolution_backward.default)
 def convolution_transposed(node: fx.Node) -> Choice | None:
-    """The transposed convolution of the output's gradient: the same kernel, from gradient and weight alone."""
+    """The transposed convolution of the output's gradient, without groups: the same kernel, from gradient and weight alone."""
     gradient, x, weight, _, stride, padding, dilation, transposed, _, groups, mask = node.args
     values = gradient.meta["val"], x.meta["val"], weight.meta["val"]
     stride, padding, dilation = (list(p) * (values[1].dim() - 2 if len(p) == 1 else 1) for p in (stride, padding, dilation))
-    contiguous = all(v.is_contiguous() for v in values)
-    plain = contiguous or (groups == 1 and len(values[1]) > 1)  # of one image, strides do not tell the format
+    told = len(values[1]) > 1 or all(v.is_contiguous() for v in values)  # of one image, strides do not tell the format
     item = next((u for u in node.users if u.target is operator.getitem and u.args[1] == 0), None)
-    if transposed or list(mask) != INPUT_ALONE or item is None or not plain or any(v.numel() == 0 for v in values):
+    if transposed or groups > 1 or list(mask) != INPUT_ALONE or item is None or not told:
+        return None  # the kernels of groups differ in strides
+    if any(v.numel() == 0 for v in values):
         return None
     made = zip(values[0].shape[2:], values[1].shape[2:], values[2].shape[2:], stride, padding, dilation, strict=True)
     missing = [x - ((y - 1) * s - 2 * p + d * (k - 1) + 1) for y, x, k, s, p, d in made]

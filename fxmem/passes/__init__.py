@@ -6,6 +6,7 @@ RewriteParts    several operators written as others
 NameNodes       names nodes after modules and what they compute
 UpdateBuffers   writes buffers where they change
 ShapeProp       fake values and storages of every node
+OwnGradients    gradients in storages of their own
 Liveness        first and last uses, bytes alive
 MarkRegions     where the chain of regions is cut
 OfferImplementations   other ways to run backward operators, for the solver to choose from
@@ -21,6 +22,7 @@ from .mark_inplace import MarkInplace
 from .match_eager import MatchEager
 from .names import NameNodes
 from .offer import OfferImplementations
+from .own_gradients import OwnGradients
 from .regions import MarkRegions
 from .rematerialize import Rematerialize
 from .rewrite import RewriteParts
@@ -29,6 +31,6 @@ from .split_convolutions import SplitConvolutions
 from .update_buffers import UpdateBuffers
 
 __all__ = [
-    "Costs", "Liveness", "MarkInplace", "MarkRegions", "MatchEager", "NameNodes", "OfferImplementations", "Pass",
-    "Rematerialize", "RewriteParts", "ShapeProp", "SplitConvolutions", "UpdateBuffers",
+    "Costs", "Liveness", "MarkInplace", "MarkRegions", "MatchEager", "NameNodes", "OfferImplementations", "OwnGradients",
+    "Pass", "Rematerialize", "RewriteParts", "ShapeProp", "SplitConvolutions", "UpdateBuffers",
 ]  # fmt: skip

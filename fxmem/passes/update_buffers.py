@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch import fx
 
 from ..errors import CaptureError
+from ..lowering import BATCH_NORM
 from .base import Pass
 
 aten = torch.ops.aten
@@ -14,7 +17,8 @@ aten = torch.ops.aten
 class UpdateBuffers(Pass):
     """Writes each updated buffer by a `copy_` right after its new value is made, and takes the value off the outputs.
 
-    What reads the old value later on (in the backward, say) gets a clone of it that is made before the write.
+    What reads the old value later on (in the backward, say) gets a clone of it that is made before the write. Running
+    statistics that move several times are written each time, so that a batch norm finds them in its buffers, always.
     Needs the roles that `fxmem.capture` leaves.
     """
 
@@ -27,16 +31,33 @@ class UpdateBuffers(Pass):
             n.meta["fxmem_role"].key: n for n in graph.nodes if n.op == "placeholder" and n.meta["fxmem_role"].kind == "buffer"
         }
         position = {n: i for i, n in enumerate(graph.nodes)}
+        modified = _write_between(graph, set(buffers.values()), position)
         kept = []
         for value, role in zip(output.args[0], output.meta["fxmem_roles"], strict=True):
             if role.kind == "buffer_update":
                 _write(graph, buffers[role.key], value, position)
             else:
                 kept.append((value, role))
-        modified = len(kept) < len(output.args[0])
+        modified = modified or len(kept) < len(output.args[0])
         output.args = (tuple(v for v, _ in kept),)
         output.meta["fxmem_roles"] = tuple(r for _, r in kept)
         return modified
+
+
+def _write_between(graph: fx.Graph, buffers: set[fx.Node], position: dict[fx.Node, int]) -> bool:
+    """Write the running statistics that one batch norm hands to the next use of the same module."""
+    modified = False
+    for node in graph.find_nodes(op="call_function", target=BATCH_NORM):
+        for argument, item in ((3, 3), (4, 4)):
+            buffer = node.args[argument]
+            made = next((u for u in node.users if u.target is operator.getitem and u.args[1] == item), None)
+            later = [] if made is None else [u for u in made.users if u.target is BATCH_NORM and made in u.args[3:5]]
+            if buffer in buffers and later:
+                _write(graph, buffer, made, position)
+                for user in later:
+                    user.replace_input_with(made, buffer)
+                modified = True
+    return modified
 
 
 def _write(graph: fx.Graph, buffer: fx.Node, value: fx.Node, position: dict[fx.Node, int]) -> None:
