@@ -79,7 +79,7 @@ def test_capacities_are_in_names(name, capacity):
 
 def test_the_steps_of_models(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(static, "RESULTS", tmp_path / "static.json")
-    layers = [nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.Tanh()) for _ in range(4)]
+    layers = [nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.Tanh()) for _ in range(8)]
     monkeypatch.setitem(static.MODELS, "chain", lambda: Example(nn.Sequential(*layers).to("meta"), (torch.randn(2, 4, 8, 8),)))
     assert static.main(["--models", "chain", "--budget", "0.7", "--time-limit", "1"]) == 0
     rows = json.loads(static.RESULTS.read_text())
