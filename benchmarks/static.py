@@ -1,7 +1,7 @@
 """Offsets in one block of memory: of the models' training steps, or of stored instances.
 
-`python -m benchmarks.static` plans the models of `benchmarks.step` on meta tensors, with the roofline of a device, plain and for
-a budget, and places what their steps make. With `--instances FILE...` it places CSVs of MiniMalloc's instead
+`python -m benchmarks.static` plans the models of `benchmarks.step` on meta tensors, with the roofline of a device, plain and
+for a budget, and places what their steps make. With `--instances FILE...` it places CSVs of MiniMalloc's instead
 (`fxmem.memory.read_csv`), with the capacity that is to be reached in each file's name (`A.1048576.csv`) or in `--capacity`;
 without either the least arena is looked for. A row says whether it was reached, in how many seconds and how many nodes of the
 complete search, and what other allocators need. Rows are stored in benchmarks/results/static.json, one for each instance and

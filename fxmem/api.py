@@ -70,8 +70,8 @@ def transform(
     progress: False for silence; otherwise a line in the terminal tells what takes so long, where rich is installed.
 
     The peak counts parameters, buffers, inputs, all that is computed, gradients of parameters and inputs, and workspaces.
-    Raises BudgetError, InfeasibleBudgetError, CaptureError, CostError and PlanError, all of them FxmemError; `module` is then
-    untouched.
+    Raises BudgetError, InfeasibleBudgetError, CaptureError, CostError, ImplementationError and PlanError, all of them
+    FxmemError; `module` is then untouched.
     """
     given, graph_options = None, dict(
         output_gradients=output_gradients, implementations=implementations, exactness=exactness, inplace=inplace
@@ -135,6 +135,7 @@ def frontier(
     output_gradients: str | Sequence[int] | None = None,
     implementations: Sequence[str] | None = None,
     exactness: str = "bitwise",
+    inplace: bool = True,
     peers: Sequence[str] = (),
     progress: bool | None = None,
 ) -> Frontier:
@@ -148,7 +149,7 @@ def frontier(
         find_solver(name)
     module, args, kwargs = _example_call(module, example_inputs, example_kwargs)
     with showing(progress):
-        prepared = prepare(module, args, kwargs, cost, output_gradients, implementations, exactness)
+        prepared = prepare(module, args, kwargs, cost, output_gradients, implementations, exactness, inplace)
         phase("solving")
         chosen = choose_frontier([program.lowered.problem for program in prepared.programs], points, time_limit_s)
         found = tuple(prepared.programs[n].plan(solution, solution.timeline.peak_bytes) for n, solution in chosen)
@@ -160,8 +161,8 @@ def _peer(prepared: Prepared, solver: str, plans_: Sequence[Plan]) -> tuple[Plan
     problem = prepared.lowered.problem
     starts = prepared.partitioner_schedules() if solver == "torch_budget" else ()
     budgets = (plan_.predicted_peak_bytes for plan_ in plans_ if plan_.predicted_overhead)
-    found = (solve_alone(problem, budget_bytes, solver, starts) for budget_bytes in budgets)
-    return tuple(prepared.plan(solution, solution.timeline.peak_bytes) for solution in found if solution)
+    found = ((budget_bytes, solve_alone(problem, budget_bytes, solver, starts)) for budget_bytes in budgets)
+    return tuple(prepared.plan(solution, budget_bytes) for budget_bytes, solution in found if solution)
 
 
 def plans(
@@ -176,6 +177,8 @@ def plans(
     output_gradients: str | Sequence[int] | None = None,
     implementations: Sequence[str] | None = None,
     exactness: str = "bitwise",
+    inplace: bool = True,
+    progress: bool | None = None,
 ) -> dict[tuple[str, float | str], Plan | InfeasibleBudgetError]:
     """Plans for several budgets and devices, from one capture: {(name of the cost model, budget): Plan}.
 
@@ -186,17 +189,19 @@ def plans(
     module, args, kwargs = _example_call(module, example_inputs, example_kwargs)
     if not costs:
         raise CostError("costs=() was given; name one cost model or more")
-    prepared, found = prepare(module, args, kwargs, costs[0], output_gradients, implementations, exactness), {}
-    for number, cost in enumerate(costs):
-        prepared = prepared.under(cost) if number else prepared
-        starts: list[Plan] = []
-        for budget in sorted(wanted, key=lambda b: _least_first(wanted[b], prepared.baseline.peak_bytes)):
-            try:
-                _, plan_ = solve_for(prepared, wanted[budget], solver, time_limit_s, starts)
-                found[prepared.cost, budget] = plan_
-                starts.append(plan_)
-            except InfeasibleBudgetError as error:
-                found[prepared.cost, budget] = error
+    with showing(progress):
+        found: dict[tuple[str, float | str], Plan | InfeasibleBudgetError] = {}
+        prepared = prepare(module, args, kwargs, costs[0], output_gradients, implementations, exactness, inplace)
+        for number, cost in enumerate(costs):
+            prepared = prepared.under(cost) if number else prepared
+            known: list[Plan] = []
+            for budget in sorted(wanted, key=lambda b: _least_first(wanted[b], prepared.baseline.peak_bytes)):
+                try:
+                    _, plan_ = solve_for(prepared, wanted[budget], solver, time_limit_s, known)
+                    found[prepared.cost, budget] = plan_
+                    known.append(plan_)
+                except InfeasibleBudgetError as error:
+                    found[prepared.cost, budget] = error
     names = dict.fromkeys(name for name, _ in found)
     return {(name, budget): found[name, budget] for name in names for budget in wanted}
 

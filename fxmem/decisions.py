@@ -21,7 +21,7 @@ from .solvers import Solution
 class Origin:
     """What a plan was made for, and holds for alone.
 
-    fxmem, torch: versions. device: "cpu", "cuda" or "meta". mode: "train" or "eval".
+    fxmem, torch: versions. device: "cpu", "meta", or the GPU's name. mode: "train" or "eval".
     inputs: (where in the call, dtype and shape or value) of each leaf.
     output_gradients, implementations, exactness, inplace: as given to `fxmem.transform`.
     """
@@ -95,7 +95,7 @@ class Plan:
         return as_text(account_of_plan(self))
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write the plan to a file (JSON), for `fxmem.transform(..., plan=path)` and `fxmem.load`. Raises PlanError."""
+        """Write the plan to a file (JSON), for `fxmem.transform(..., plan=path)` and `fxmem.load_plan`. Raises PlanError."""
         save_plan(self, path)
 
     def save_snapshot(self, path: str | os.PathLike) -> None:

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from .errors import MeasureError
-from .torch_internals import cpu_memory_events, pytree
+from .torch_internals import cpu_memory_events, pytree, storage_key
 
 
 @dataclass(frozen=True)
@@ -239,9 +239,7 @@ def _one_device(tensors: Iterable[torch.Tensor]) -> torch.device:
 
 def distinct_bytes(tensors: Iterable[torch.Tensor]) -> int:
     """Bytes of the storages behind `tensors`, each counted once."""
-    return sum(
-        {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors if t.layout is torch.strided}.values()
-    )
+    return sum({storage_key(t): t.untyped_storage().nbytes() for t in tensors if t.layout is torch.strided}.values())
 
 
 @contextlib.contextmanager

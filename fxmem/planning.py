@@ -44,13 +44,9 @@ def decide(
     prepared = prepare(module, args, kwargs, "roofline", **question.graph_options)  # which costs nothing to ask
     if given is not None:
         return _program_of(given, prepared), given
-    asked = (
-        question.budget,
-        getattr(question.cost, "name", question.cost),
-        torch.get_num_threads(),
-        question.solver,
-        question.time_limit_s,
-    )
+    cost = getattr(question.cost, "name", question.cost)
+    threads = torch.get_num_threads()  # of which workspaces depend
+    asked = question.budget, cost, threads, question.solver, question.time_limit_s
     path = cache_path(cache_dir, _unsolved(prepared), asked)
     if path.exists():
         try:

@@ -118,7 +118,7 @@ def prepare(
     origin = Origin(
         fxmem=VERSION,
         torch=torch.__version__.split("+")[0],
-        device=device.type if device else "meta",
+        device=_device_name(device),
         mode="train" if module.training else "eval",
         inputs=_inputs(args, kwargs),
         output_gradients=output_gradients
@@ -163,6 +163,13 @@ def _annotations(device: torch.device | None, model: CostModel, offer: Pass, inp
         *((MarkInplace(),) if inplace else ()),
         Costs(model),
     )
+
+
+def _device_name(device: torch.device | None) -> str:
+    """What a plan's times and workspaces hold for."""
+    if device is None:
+        return "meta"
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _inputs(args: tuple, kwargs: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:

@@ -7,6 +7,7 @@ schedule is replayed when it is read; nothing is solved, and no operator is time
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -40,13 +41,20 @@ STRUCTURE = (
 
 def save_plan(plan: Plan, path: str | os.PathLike) -> None:
     """Write `plan` to a file, all of it or nothing. Raises PlanError where that cannot be done."""
+    write_whole(path, json.dumps(plan_to_data(plan)).encode())
+
+
+def write_whole(path: str | os.PathLike, content: bytes) -> None:
+    """Write a file, all of it or nothing, for all who may read in its folder. Raises PlanError where that cannot be done."""
     path = pathlib.Path(path)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            file.write(json.dumps(plan_to_data(plan)))
-        os.replace(file.name, path)
+        beside.write_bytes(content)
+        os.replace(beside, path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            beside.unlink()
         raise PlanError(
             f"{path} cannot be written ({error.strerror}): name a file in a folder that can be written to"
         ) from error

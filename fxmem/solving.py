@@ -53,9 +53,9 @@ def choose_program(
     or that costs less than another way of writing, the plain one is taken at once. Extra times are over the plain one's step.
     starts: schedules to begin from, by problem. Raises InfeasibleBudgetError where none of them fits.
     """
-    plain_s, found, errors = problems[0].plain_time_s or 1.0, {}, []
+    found, errors = {}, []
     for number, problem in enumerate(problems):
-        slower = max(0.0, problem.plain_time_s / plain_s - 1) if number else 0.0
+        slower = _slower(problem, problems[0])
         wanted = budget
         if number and (budget.is_free or (0 in found and _is_settled(budget, found[0], slower))):
             continue
@@ -80,9 +80,9 @@ def choose_program(
 
 def choose_frontier(problems: Sequence[Problem], points: int, time_limit_s: float) -> list[tuple[int, Solution]]:
     """Up to `points` plans of several ways to write one step, the plain one first, from the largest peak to the least."""
-    plain_s, found = problems[0].plain_time_s or 1.0, []
+    found = []
     for number, problem in enumerate(problems):
-        slower = max(0.0, problem.plain_time_s / plain_s - 1) if number else 0.0
+        slower = _slower(problem, problems[0])
         solutions = frontier(problem, points, time_limit_s=time_limit_s / len(problems), progress=detail)
         found += [(number, _over_plain(solution, slower)) for solution in solutions]
     kept: list[tuple[int, Solution]] = []
@@ -92,6 +92,11 @@ def choose_frontier(problems: Sequence[Problem], points: int, time_limit_s: floa
     last = len(kept) - 1
     chosen = {round(k * last / max(1, points - 1)) for k in range(points)} if len(kept) > points else set(range(len(kept)))
     return [kept[k] for k in sorted(chosen, reverse=True)]
+
+
+def _slower(problem: Problem, plain: Problem) -> float:
+    """How much more time a program's step takes than the plain one's, at least nothing."""
+    return max(0.0, problem.plain_time_s / (plain.plain_time_s or 1.0) - 1)
 
 
 def _is_settled(budget: Budget, plain: Solution, slower: float) -> bool:

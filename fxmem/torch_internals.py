@@ -9,6 +9,9 @@ fake tensors, with the strides of the CPU's kernels                   torch._sub
 saved_by_partitioner   what PyTorch itself would keep                 torch._functorch.partitioners
 cpu_memory_events   the CPU allocator's events, by the profiler       kineto_results of torch.autograd.profiler
 TorchDispatchMode, and real tensors inside such modes (real_tensors)   torch.utils._python_dispatch
+storage_key, suggested_format, gradient_layout   what kernels and autograd see of tensors    torch._prims_common
+convolution_backends   which kernels run a convolution                torch._C
+spec_children, spec_to_data, spec_from_data, rename_node              torch.utils._pytree, torch.fx.Node
 memory_viz          from memory snapshots to text and pages           torch.cuda._memory_viz
 """
 
@@ -37,11 +40,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.fake_tensor import FakeTensorMode as _FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-__all__ = [
-    "Assignment", "FakeTensor", "FakeTensorMode", "OpOverload", "TorchDispatchMode", "cpu_memory_events", "dynamo_graph",
-    "fake_mode_of", "gradient_layout", "input_role", "joint_graph", "memory_viz", "output_role", "pytree", "real_tensors",
-    "restore_rng", "saved_by_partitioner",
-]  # fmt: skip
+__all__ = ["FakeTensor", "OpOverload", "TorchDispatchMode", "pytree"]  # and all that is defined here
 
 
 aten = torch.ops.aten

@@ -39,6 +39,20 @@ class Language(nn.Module):
         return (loss, logits) if self.returns_logits else loss
 
 
+class Unlike(nn.Module):
+    """What looks like a linear layer's cross entropy: a softmax over rows, or a matrix added to the logits."""
+
+    def __init__(self, dim: int = 1, matrix: bool = False):
+        super().__init__()
+        self.layer, self.head, self.dim = nn.Embedding(CLASSES, 8), nn.Linear(8, CLASSES), dim
+        self.register_buffer("matrix", torch.randn(180, CLASSES) if matrix else None)
+
+    def forward(self, ids):
+        x = torch.tanh(self.layer(ids).flatten(0, 1))
+        logits = self.head(x) if self.matrix is None else torch.addmm(self.matrix, x, self.head.weight.t())
+        return nn.functional.nll_loss(nn.functional.log_softmax(logits, self.dim), ids.flatten())
+
+
 def ids(batch: int = 3, length: int = 60) -> torch.Tensor:
     return torch.randint(CLASSES, (batch, length), generator=torch.Generator().manual_seed(0))
 
@@ -141,6 +155,10 @@ def test_logits_that_are_an_output_stay_what_they_are():
         (Language(label_smoothing=0.1), {}, False),
         (Language(width=400), {}, False),
         (Language().half(), {}, False),
+        (Unlike(), {}, True),
+        (Unlike(dim=-1), {}, True),
+        (Unlike(dim=0), {}, False),
+        (Unlike(matrix=True), {}, False),
     ],
 )
 def test_where_it_is_offered(module, options, offered):

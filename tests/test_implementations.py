@@ -243,6 +243,32 @@ def test_one_that_applies_nowhere_is_named():
         fxmem.check_implementation("relu_bits", nn.Linear(2, 2), (torch.randn(1, 2),))
 
 
+class Biased(nn.Module):
+    """A norm without weights that adds a constant: its output is not the normalized input."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.norm = norm
+        self.register_buffer("bias", torch.tensor([1.0, -2.0, 3.0, 0.5]))
+
+    def forward(self, x):
+        return self.norm(x, self.bias)
+
+
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [
+        ("group_norm_output", Biased(lambda x, bias: nn.functional.group_norm(x, 2, None, bias))),
+        ("batch_norm_output", Biased(lambda x, bias: nn.functional.batch_norm(x, None, None, None, bias, True))),
+        ("layer_norm_output", Biased(lambda x, bias: nn.functional.layer_norm(x.movedim(1, -1), (4,), None, bias))),
+        ("elu_output", Biased(lambda x, bias: aten.elu(x, 1.0, -1.0, 1.0))),
+    ],
+)
+def test_outputs_that_do_not_tell_the_derivative(name, layer):
+    with pytest.raises(ImplementationError, match="applies nowhere"):
+        fxmem.check_implementation(name, Between(layer, nn.SiLU()), (images(),))
+
+
 def test_one_of_another_layout_is_not_offered(registered):
     @registered("transposed", aten.tanh_backward.default)
     def transposed(node):

@@ -214,12 +214,10 @@ def test_frontier(frontier, tmp_path):
 
 
 def test_no_peer_is_better(frontier):
-    for plans in frontier.peers.values():
-        for peer in plans:
-            ours = min(p.predicted_overhead for p in frontier if p.predicted_peak_bytes <= peer.budget_bytes * 1.0001 + 1)
-            assert peer.predicted_peak_bytes <= peer.budget_bytes and (
-                ours <= peer.predicted_overhead + 1e-9 or len(frontier) < 4
-            )
+    ours = {plan.predicted_peak_bytes: plan.predicted_overhead for plan in frontier}
+    peers = [peer for plans in frontier.peers.values() for peer in plans]
+    assert peers and all(peer.predicted_peak_bytes <= peer.budget_bytes for peer in peers)
+    assert all(ours[peer.budget_bytes] <= peer.predicted_overhead + 1e-9 for peer in peers)
 
 
 def test_unknown_peer():

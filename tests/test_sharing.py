@@ -1,5 +1,6 @@
 """Lives of buffers, and the sharing allocators, on graphs small enough to count by hand."""
 
+from dataclasses import replace
 from itertools import pairwise
 from random import Random
 
@@ -98,16 +99,9 @@ def test_equal_names_get_ids_of_their_own():
 def test_bytes_alive_are_the_simulators(seed):
     """Where in-place pairs are of one size; else the larger of the two is held throughout."""
     problem = random_problem(Random(seed))
-    one_size = tuple(
-        Operator(
-            o.name, o.inputs, o.outputs, o.time_s, o.workspace_bytes, o.recompute_time_s,
-            tuple(p for p in o.inplace if problem.storages[p[0]].size_bytes == problem.storages[p[1]].size_bytes),
-            o.recomputable, o.module, o.replaces,
-        ) for o in problem.operators
-    )  # fmt: skip
-    problem = Problem(
-        problem.storages, one_size, problem.num_forward, problem.num_program, problem.outputs, problem.extra_bytes
-    )
+    sizes = [storage.size_bytes for storage in problem.storages]
+    one_size = tuple(replace(o, inplace=tuple((a, b) for a, b in o.inplace if sizes[a] == sizes[b])) for o in problem.operators)
+    problem = replace(problem, operators=one_size)
     again = [p for p in problem.forward if problem.operators[p].recomputable]
     steps = (*problem.forward, *again, *problem.backward)
     fixed = {s for s, makers in enumerate(problem.producers) if not makers}

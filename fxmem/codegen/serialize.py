@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from ..torch_internals import OpOverload
+
 KEPT_META = (
     "fxmem_recomputes", "fxmem_avoided_bytes", "fxmem_phase", "fxmem_region", "fxmem_offers", "fxmem_implementation",
     "fxmem_inplace_over",
@@ -59,7 +61,7 @@ def graph_from_data(data: list[tuple]) -> fx.Graph:
 def _encode(part: Any) -> Any:
     if isinstance(part, fx.Node):
         return _Node(part.name)
-    if isinstance(part, torch._ops.OpOverload):
+    if isinstance(part, OpOverload):
         return _Op(part.name() if part._overloadname != "default" else f"{part.name()}.default")
     if isinstance(part, (torch.memory_format, torch.layout)):
         return _TorchName(str(part).removeprefix("torch."))

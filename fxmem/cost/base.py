@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from ..errors import CostError
-from ..torch_internals import OpOverload, pytree
+from ..torch_internals import OpOverload, pytree, storage_key
 
 
 @dataclass(frozen=True)
@@ -88,11 +88,6 @@ def call_of(node: fx.Node) -> OpCall:
 
     args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), value)
     return OpCall(node.target, tuple(args), dict(kwargs), value(node))
-
-
-def storage_key(tensor: torch.Tensor) -> int:
-    """Identity of the storage behind `tensor`: equal for aliases, as long as one of them lives."""
-    return tensor.untyped_storage()._cdata
 
 
 def _tensors(tree: Any) -> Iterator[torch.Tensor]:

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..torch_internals import OpOverload, cpu_memory_events, pytree, real_tensors
-from .base import OpCall, OpCost, call_of, storage_key
+from ..torch_internals import OpOverload, cpu_memory_events, pytree, real_tensors, storage_key
+from .base import OpCall, OpCost, call_of
 from .devices import row_for
 from .operands import real_operands
 from .roofline import RooflineCost

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from ..torch_internals import pytree
-from .base import OpCall, storage_key
+from ..torch_internals import pytree, storage_key
+from .base import OpCall
 
 aten = torch.ops.aten
 TILE = 1 << 16

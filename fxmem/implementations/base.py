@@ -71,6 +71,9 @@ class Rewrite:
     at: fx.Node | None = None
 
 
+Chooser = Callable[[fx.Node], Choice | Rewrite | None]
+
+
 @dataclass(frozen=True)
 class Implementation:
     """Another way to write operators' backward, which keeps something else for it.
@@ -83,16 +86,14 @@ class Implementation:
     name: str
     serves: tuple[Any, ...]
     exactness: str
-    choose: Callable[[fx.Node], Choice | Rewrite | None]
+    choose: Chooser
 
 
 IMPLEMENTATIONS: dict[str, Implementation] = {}
 
 
-def register_implementation(
-    name: str, *serves: Any, exactness: str = "bitwise"
-) -> Callable[[Callable[[fx.Node], Choice | None]], Callable[[fx.Node], Choice | None]]:
-    """Decorator for a function that is given a backward node and returns a Choice, or None where it does not apply.
+def register_implementation(name: str, *serves: Any, exactness: str = "bitwise") -> Callable[[Chooser], Chooser]:
+    """Decorator for a function that is given a backward node and returns a Choice, a Rewrite, or None where it does not apply.
 
     serves: targets of the nodes, as in `torch.ops.aten.threshold_backward.default`.
     Raises ImplementationError for an unknown exactness, or a name that another function has.
@@ -104,7 +105,7 @@ def register_implementation(
     if not serves:
         raise ImplementationError(f"implementation {name!r} serves no operator: name one or more after its name")
 
-    def register(choose: Callable[[fx.Node], Choice | None]) -> Callable[[fx.Node], Choice | None]:
+    def register(choose: Chooser) -> Chooser:
         known = IMPLEMENTATIONS.get(name)
         if known is not None and known.choose.__qualname__ != choose.__qualname__:
             raise ImplementationError(f"there is an implementation {name!r} already; give this one another name")

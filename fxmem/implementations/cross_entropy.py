@@ -72,7 +72,8 @@ def _forward_of(node: fx.Node) -> _Head | None:
     forward = total.args[0]
     if log_softmax.target is not aten._log_softmax.default or class_weight is not None or reduction == 0:
         return None
-    if log_softmax.meta["val"].dim() != 2 or set(total.users) != {node}:
+    shape = log_softmax.meta["val"].shape
+    if len(shape) != 2 or log_softmax.args[1] not in (1, -1) or set(total.users) != {node}:
         return None
     logits = log_softmax.args[0]
     while logits.target in VIEWS or logits.target is aten._to_copy.default:
@@ -80,9 +81,11 @@ def _forward_of(node: fx.Node) -> _Head | None:
     if logits.target not in (aten.mm.default, aten.addmm.default) or logits.kwargs:
         return None
     loss = [u for u in forward.users if u.target is operator.getitem and u.args[1] == 0]
-    if logits.meta["val"].shape != log_softmax.meta["val"].shape or len(loss) != 1:
+    if logits.meta["val"].shape != shape or len(loss) != 1:
         return None
     bias, x, weight = (None, *logits.args)[-3:]
+    if bias is not None and bias.meta["val"].shape != shape[1:]:  # addmm adds matrices too
+        return None
     dtype = loss[0].meta["val"].dtype
     return _Head(x, weight, bias, logits, log_softmax, targets, forward, loss[0], reduction == MEAN, ignored, dtype)
 
@@ -221,15 +224,22 @@ def _shapes(x, weight, bias, logits, targets, ignored, mean, wanted, transposed,
 
 
 def _parts(call: OpCall) -> Iterator[OpCall]:
-    """What runs inside, one after the other, on meta tensors: one piece of rows, as often as there are some."""
-    x, weight, bias, logits, targets, _, _, wanted, transposed, _ = call.args
+    """What runs inside, one after the other."""
+    x, weight = call.args[:2]
+    rows = _rows(len(x), weight.shape[1], x.dtype)
+    return itertools.chain.from_iterable(itertools.repeat(_piece(call), -(-len(x) // rows)))
+
+
+def _piece(call: OpCall) -> list[OpCall]:
+    """What runs for one piece of rows, on meta tensors."""
+    x, weight, _, logits, _, _, _, wanted, transposed, _ = call.args
     rows = min(len(x), _rows(len(x), weight.shape[1], x.dtype))
     x, weight = (torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta") for t in (x, weight))
     piece = torch.empty((rows, weight.shape[1]), dtype=x.dtype, device="meta")
     wide, factor = piece.to(_wide(x.dtype)), torch.empty((rows, 1), dtype=_wide(x.dtype), device="meta")
     d_weight = torch.empty(weight.shape if transposed else weight.shape[::-1], dtype=x.dtype, device="meta")
     pair = (x[:rows].t(), piece) if transposed else (piece.t(), x[:rows])
-    one = [
+    return [
         *([OpCall(aten.mm.default, (x[:rows], weight), out=piece)] if logits is None else []),
         *([OpCall(aten._to_copy.default, (piece,), out=wide)] * 2 if wide.dtype is not x.dtype else []),
         OpCall(aten._log_softmax.default, (wide, 1, False), out=torch.empty_like(wide)),
@@ -239,8 +249,6 @@ def _parts(call: OpCall) -> Iterator[OpCall]:
         *([OpCall(aten.addmm.default, (d_weight, *pair), out=torch.empty_like(d_weight))] if wanted[1] else []),
         *([OpCall(aten.sum.dim_IntList, (piece, [0], True), out=wide[:1])] if wanted[2] else []),
     ]
-    pieces = -(-len(x) // rows) if rows else 0
-    return itertools.chain.from_iterable(itertools.repeat(one, pieces))
 
 
 def _workspace(call: OpCall) -> int:
@@ -250,7 +258,7 @@ def _workspace(call: OpCall) -> int:
     rows = min(count, _rows(count, weight.shape[1], x.dtype))
     converted = 0 if wide_bytes == x.element_size() else wide_bytes
     buffers = rows * weight.shape[1] * (wide_bytes + x.element_size() + converted)
-    inside = max((workspace_bytes(part) for part in itertools.islice(_parts(call), 8)), default=0)
+    inside = max(workspace_bytes(part) for part in _piece(call))
     sums = 3 * weight.shape[1] * wide_bytes if call.args[7][2] else 0
     return buffers + inside + count * (2 * wide_bytes + 24) + sums + 1024
 

@@ -16,7 +16,12 @@ def elu_output(node: fx.Node) -> Choice | None:
     """The output, where something else keeps it: where it is negative, the derivative is it plus a constant."""
     gradient, alpha, scale, input_scale, is_result, x = node.args
     result = next((u for u in x.users if u.target in FORWARDS and _numbers(u) == (alpha, scale, input_scale)), None)
-    if is_result or result is None or alpha < 0 or result.meta["val"].stride() != x.meta["val"].stride():
+    if (
+        is_result
+        or result is None
+        or min(alpha, scale, input_scale) < 0
+        or result.meta["val"].stride() != x.meta["val"].stride()
+    ):
         return None
     return Choice(backward=Call(node.target, (gradient, alpha, scale, input_scale, True, result)))
 

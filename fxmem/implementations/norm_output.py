@@ -24,29 +24,29 @@ RESULT = [True, False, False]
 @register_implementation("layer_norm_output", aten.native_layer_norm_backward.default, exactness="accurate")
 def layer_norm_output(node: fx.Node) -> Choice | None:
     """The output, where there are no weights: it is the normalized input."""
-    gradient, _, shape, _, rstd, weight, bias, _ = node.args
-    return _from_output(node, weight or bias, rstd, layer_norm_from_output, list(shape))
+    shape, rstd = node.args[2], node.args[4]
+    return _from_output(node, rstd, slice(2, 4), layer_norm_from_output, list(shape))
 
 
 @register_implementation("group_norm_output", aten.native_group_norm_backward.default, exactness="accurate")
 def group_norm_output(node: fx.Node) -> Choice | None:
     """The output, where there are no weights: it is the normalized input."""
-    rstd, weight, images, channels, pixels, groups = node.args[3:9]
-    return _from_output(node, weight, rstd, group_norm_from_output, images, channels, pixels, groups)
+    return _from_output(node, node.args[3], slice(1, 3), group_norm_from_output, *node.args[5:9])
 
 
 @register_implementation("batch_norm_output", aten.native_batch_norm_backward.default, exactness="accurate")
 def batch_norm_output(node: fx.Node) -> Choice | None:
     """The output, where there are no weights: it is the normalized input."""
-    weight, rstd, training = node.args[2], node.args[6], node.args[7]
-    return _from_output(node, weight, rstd, batch_norm_from_output) if training else None
+    rstd, training = node.args[6:8]
+    return _from_output(node, rstd, slice(1, 3), batch_norm_from_output) if training else None
 
 
-def _from_output(node: fx.Node, weight: fx.Node | None, rstd: fx.Node, target, *args) -> Choice | None:
-    """`target` of the gradient, the norm's output and its inverse deviation."""
+def _from_output(node: fx.Node, rstd: fx.Node, affine: slice, target, *args) -> Choice | None:
+    """`target` of the gradient, the norm's output and its inverse deviation. affine: where the forward has weight and bias; the
+    backward does not know of a bias."""
     forward = rstd.args[0] if isinstance(rstd, fx.Node) and rstd.target is operator.getitem else None
     item = next((u for u in node.users if u.target is operator.getitem and u.args[1] == 0), None)
-    if forward is None or item is None or weight is not None:
+    if forward is None or item is None or any(a is not None for a in forward.args[affine]):
         return None
     result = next((u for u in forward.users if u.target is operator.getitem and u.args[1] == 0), None)
     if result is None or not alike(*(n.meta["val"] for n in (node.args[0], result, item))) or not result.meta["val"].numel():

@@ -19,10 +19,11 @@ from .intervals import Sections
 
 def portfolio(sections: Sections) -> Iterator[tuple[str, np.ndarray]]:
     """Each method's name and the offsets that it gives, those first that are best most often."""
-    for name, order in orders(sections).items():
+    ordered = orders(sections)
+    for name, order in ordered.items():
         yield name, place(sections, order)
     for name in ("by size", "by breadth", "by area"):
-        yield f"{name}, best fit", place(sections, orders(sections)[name], best_fit=True)
+        yield f"{name}, best fit", place(sections, ordered[name], best_fit=True)
 
 
 def orders(sections: Sections) -> dict[str, np.ndarray]:

@@ -1,9 +1,9 @@
 """The stages that work on a graph, each an fx pass: use them alone, in a PassManager, or through `fxmem.transform`.
 
-MatchEager      makes a captured joint graph round as the plain module does
 SplitConvolutions   the backward of a convolution as two operators
-RewriteParts    several operators written as others
 NameNodes       names nodes after modules and what they compute
+MatchEager      makes a captured joint graph round as the plain module does
+RewriteParts    several operators written as others
 UpdateBuffers   writes buffers where they change
 ShapeProp       fake values and storages of every node
 OwnGradients    gradients in storages of their own

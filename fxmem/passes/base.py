@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import logging
 import time
+from typing import Any
 
+import torch
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
+
+from ..torch_internals import fake_mode_of
 
 log = logging.getLogger(__name__)
 
@@ -31,3 +35,10 @@ class Pass(PassBase):
             "%s: %.2f s, %+d nodes", type(self).__name__, time.perf_counter() - started, len(graph_module.graph.nodes) - before
         )
         return PassResult(graph_module, modified)
+
+
+def fake_result(target: Any, args: Any, kwargs: Any) -> Any:
+    """What an operator makes of its arguments' `meta["val"]`, on fake tensors."""
+    values, named = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
+    with torch.no_grad(), fake_mode_of((values, named), allow_real=True):
+        return target(*values, **named)

@@ -5,16 +5,14 @@ from __future__ import annotations
 import contextlib
 import operator
 from collections.abc import Iterator, Sequence
-from typing import Any
 
-import torch
 from torch import fx
 
 from ..errors import ImplementationError
 from ..graph_meta import StorageInfo, is_backward, require, rounded, source_of
 from ..implementations import CODE, Call, Choice, Implementation, Rewrite, choose_implementations
-from ..torch_internals import fake_mode_of, pytree
-from .base import Pass
+from ..torch_internals import pytree
+from .base import Pass, fake_result
 
 
 class OfferImplementations(Pass):
@@ -120,9 +118,7 @@ class _Offers:
         self.added = True
         with self.graph.inserting_after(_last_item(after)):
             node = self.graph.create_node("call_function", call.target, args, kwargs, name)
-        values, named = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
-        with torch.no_grad(), fake_mode_of((values, named), allow_real=True):
-            value: Any = call.target(*values, **named)
+        value = fake_result(call.target, args, kwargs)
         node.meta = {k: v for k, v in _maker(beside).meta.items() if k not in ("val", "fxmem_writes")} | {"val": value}
         return node
 

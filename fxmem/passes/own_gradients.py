@@ -8,8 +8,8 @@ import torch
 from torch import fx
 
 from ..graph_meta import StorageInfo, is_backward, require, rounded
-from ..torch_internals import fake_mode_of, gradient_layout
-from .base import Pass
+from ..torch_internals import gradient_layout
+from .base import Pass, fake_result
 
 aten = torch.ops.aten
 
@@ -74,8 +74,7 @@ def _copy(graph_module: fx.GraphModule, value: fx.Node, layout: tuple[int, ...])
 
 def _call(graph: fx.Graph, target: Any, value: fx.Node, *args: Any, **kwargs: Any) -> fx.Node:
     made = graph.call_function(target, (value, *args), kwargs)
-    with fake_mode_of(value.meta["val"]):
-        made.meta = value.meta | {"val": target(value.meta["val"], *args, **kwargs), "fxmem_backward": True}
+    made.meta = value.meta | {"val": fake_result(target, made.args, made.kwargs), "fxmem_backward": True}
     made.meta.pop("fxmem_role", None)
     return made
 

@@ -6,14 +6,13 @@ import operator
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import fx
 
 from ..errors import ImplementationError
 from ..graph_meta import is_backward
 from ..implementations import Call, Implementation, Result, Rewrite, choose_implementations
-from ..torch_internals import fake_mode_of, pytree
-from .base import Pass
+from ..torch_internals import pytree
+from .base import Pass, fake_result
 from .offer import naming_failures
 
 
@@ -77,9 +76,7 @@ class _Writer:
         late = next((read.name for read in node.all_input_nodes if node < read), None)
         if late is not None:
             raise ImplementationError(f"in the place of {beside.name!r} it reads {late!r}, which is made only behind that")
-        values, named = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
-        with torch.no_grad(), fake_mode_of((values, named), allow_real=True):
-            value: Any = call.target(*values, **named)
+        value = fake_result(call.target, args, kwargs)
         node.meta = beside.meta | {"val": value, "fxmem_implementation": self.implementation.name}
         return node
 

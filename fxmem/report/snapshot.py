@@ -13,8 +13,8 @@ import pathlib
 import pickle
 from typing import TYPE_CHECKING, Any
 
-from ..errors import PlanError
 from ..problem import Operator
+from ..saving import write_whole
 from .replay import step_times_s
 
 if TYPE_CHECKING:
@@ -47,12 +47,7 @@ def save_snapshot(plan: Plan, path: str | os.PathLike) -> None:
         content = memory_viz().trace_plot(snapshot).encode()
     else:
         content = pickle.dumps(snapshot)
-    try:
-        path.write_bytes(content)
-    except OSError as error:
-        raise PlanError(
-            f"{path} cannot be written ({error.strerror}): name a file in a folder that can be written to"
-        ) from error
+    write_whole(path, content)
 
 
 def _run_step(plan: Plan, heap: _Heap, operator: Operator, pair: tuple[int, int] | None, frees: tuple[int, ...]) -> None:

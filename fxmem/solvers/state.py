@@ -158,7 +158,7 @@ class State:
     def _enter(self, t: int) -> None:
         """Find what stage t recomputes from what it finds alive, and how its last operator runs."""
         memo, alive = self._walks[t], self.alive[t]
-        for touched, present, found in memo.get(self._needs[t] & alive, ()):
+        for touched, present, found in memo.get(self._needs[t] & alive, ()):  # noqa: B007 (used behind the loop)
             if alive & touched == present:
                 break
         else:
