@@ -146,7 +146,7 @@ def _caption(results: Results) -> str:
 
 
 def _markdown(caption: str, titles: list[str], rows: list[list[str]]) -> str:
-    lines = [f"| {' | '.join(cells)} |" for cells in (titles, ["---"] * len(titles), *rows)]
+    lines = [f"| {' | '.join(cells)} |" for cells in (titles, ["---"] * len(titles), *rows)] if rows else ["Not run yet."]
     return "\n".join([caption, "", *lines])
 
 

@@ -6,6 +6,7 @@ import functools
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -81,13 +82,14 @@ def transform(
         graph_options = {name: getattr(given.origin, name) for name in graph_options}
     ask = given.asked if given else parse_budget(budget, max_overhead)
     options = dict(cost=cost, solver=solver, time_limit_s=time_limit_s, cache_dir=cache_dir, progress=progress)
-    again = functools.partial(transform, **ask.as_arguments(), **graph_options, **options)
     module, args, kwargs = _example_call(module, example_inputs, example_kwargs)
     check_names(module)
     _warn_of_hooks(module)
     with showing(progress):
         question = Question(ask, cost or _default_cost(module, args, kwargs), solver, time_limit_s, graph_options)
         prepared, plan_ = decide(module, args, kwargs, question, given, cache_dir)
+        others = ask if ask.fraction is None else replace(ask, at_least_bytes=plan_.budget_bytes)
+        again = functools.partial(transform, budget=others, **graph_options, **options)
         joint = Rematerialize(solution=plan_.solution)(prepared.captured.joint).graph_module
         parts = partition(joint.graph, joint.meta["fxmem_regions"])
         return assemble(module, prepared.captured, parts, args, kwargs, plan_, again)

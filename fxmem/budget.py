@@ -17,34 +17,33 @@ ACCEPTED = (
 
 @dataclass(frozen=True)
 class Budget:
-    """What a user asked for: at most one of these is set; none of them means that nothing is to be recomputed.
+    """What a user asked for: at most one of the first four is set; none of them means that nothing is to be recomputed.
 
     size_bytes: absolute. fraction: of the plain module's peak. least: the least reachable peak. max_overhead: the least peak
-    that costs at most this extra time.
+    that costs at most this extra time. at_least_bytes: what a fraction may always take: a last, smaller batch has the room that
+    the others have.
     """
 
     size_bytes: int | None = None
     fraction: float | None = None
     least: bool = False
     max_overhead: float | None = None
+    at_least_bytes: int = 0
 
     @property
     def is_free(self) -> bool:
         """Whether nothing is to be recomputed."""
         return self == Budget()
 
-    def as_arguments(self) -> dict[str, float | str | None]:
-        """What `parse_budget` was given, as keywords of `fxmem.transform`."""
-        given = "min" if self.least else self.size_bytes if self.fraction is None else self.fraction
-        return {"max_overhead": self.max_overhead, "budget": given}
-
     def resolve(self, plain_peak_bytes: int) -> int | None:
         """The budget in bytes, where it is one."""
-        return self.size_bytes if self.fraction is None else int(self.fraction * plain_peak_bytes)
+        return self.size_bytes if self.fraction is None else max(self.at_least_bytes, int(self.fraction * plain_peak_bytes))
 
 
-def parse_budget(budget: int | float | str | None, max_overhead: float | None = None) -> Budget:
+def parse_budget(budget: int | float | str | Budget | None, max_overhead: float | None = None) -> Budget:
     """Read a budget. Raises BudgetError, with what was given and the accepted forms, for anything else."""
+    if isinstance(budget, Budget):
+        return budget
     if max_overhead is not None:
         if budget is not None:
             raise _refusal(f"both budget={budget!r} and max_overhead={max_overhead!r} were given")

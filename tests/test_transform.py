@@ -255,6 +255,15 @@ def test_a_smaller_batch_is_planned_once_and_logged(device):
     assert len(said) == 1 and "planning anew" in said[0]
 
 
+def test_a_smaller_batch_has_the_room_of_the_others():
+    """Of a smaller batch's own peak, weights are the larger part, and a fraction of it may be out of reach."""
+    module = nn.Sequential(*(layer for _ in range(6) for layer in (nn.Linear(64, 64), nn.Tanh())))
+    plain, planned = copy.deepcopy(module), transform(module, (torch.randn(512, 64),), budget=0.7)
+    assert_same_steps(plain, planned, (torch.randn(2, 64),))
+    (variant,) = planned._variants.values()
+    assert variant.plan.budget_bytes == planned.plan.budget_bytes and variant.plan.predicted_overhead == 0
+
+
 @pytest.mark.parametrize("make", [ConvNet, SharedNorm])
 def test_batch_norm_moves_once_per_step(make):
     args = images() if make is ConvNet else rows()

@@ -102,7 +102,8 @@ def least_peak(
         return replace(best, solve_time_s=time.monotonic() - begin)
     smallest = smallest_schedule(replace(task, deadline=begin + time_limit_s / 2))
     low_bytes = int(simulate(problem, smallest).peak_bytes * (1 + NEARLY))
-    best = _solve(replace(task, budget_bytes=low_bytes, starts=(smallest, *starts)))
+    until = max(task.deadline, time.monotonic() + time_limit_s / 2)  # the peak alone may be found at any cost
+    best = _solve(replace(task, budget_bytes=low_bytes, starts=(smallest, *starts), deadline=until))
     return replace(best, solve_time_s=time.monotonic() - begin)
 
 
@@ -128,9 +129,9 @@ def frontier(
     least = least_peak(problem, time_limit_s=share_s, starts=starts, progress=progress)
     known = [*starts, least.schedule]
     low_bytes = least.timeline.peak_bytes
-    for k in range(1, points - 1):
+    for k in range(1, points):  # the least peak once more, from what is known then
         budget_bytes = high_bytes - (high_bytes - low_bytes) * k // (points - 1)
-        until = time.monotonic() + max(0.0, deadline - time.monotonic()) / (points - 1 - k)
+        until = time.monotonic() + max(0.0, deadline - time.monotonic()) / (points - k)
         found.append(_solve(Task(problem, budget_bytes, tuple(known), until, progress, share_s)))
         known.append(found[-1].schedule)
     return _monotone([*found, least])
