@@ -6,6 +6,7 @@ it again from its base for free. Order is the graph's own. What implementations 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -48,7 +49,7 @@ def lower(graph_module: fx.GraphModule) -> Lowered:
         num_forward=forward_end + 1,
         num_program=len(nodes),
         outputs=_outputs(graph_module, infos),
-        extra_bytes=sum(rng_state_bytes(n) for n in nodes if n.op == "call_function" and draws_random_numbers(n)),
+        extra_bytes=_random_bytes(n for n in nodes if n.op == "call_function" and draws_random_numbers(n)),
     )
     return Lowered(problem, (*nodes, *(n for n, _ in beside)))
 
@@ -90,6 +91,12 @@ def device_of(node: fx.Node) -> torch.device:
     value = node.meta["val"]
     first = value if isinstance(value, torch.Tensor) else next(v for v in value if isinstance(v, torch.Tensor))
     return first.device
+
+
+def _random_bytes(drawing: Iterable[fx.Node]) -> int:
+    """A saved state for each operator that may draw its numbers again, and one to go back to."""
+    states = [rng_state_bytes(node) for node in drawing]
+    return sum(states) + max(states, default=0)
 
 
 def rng_state_bytes(node: fx.Node) -> int:

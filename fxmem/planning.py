@@ -18,6 +18,7 @@ from .decisions import Plan
 from .errors import BudgetError, PlanError
 from .prepared import Prepared, prepare
 from .saving import cache_path, check_fits, load_plan
+from .solvers import find_solver
 from .solving import choose_program, unsolved
 
 log = logging.getLogger(__name__)
@@ -38,6 +39,7 @@ def decide(
     module: nn.Module, args: tuple, kwargs: dict, question: Question, given: Plan | None, cache_dir: str | os.PathLike | None
 ) -> tuple[Prepared, Plan]:
     """The plan for a question: the given one, one from the cache, or one that is solved for now; and the program it is of."""
+    find_solver(question.solver)
     if given is None and cache_dir is None:
         prepared = prepare(module, args, kwargs, question.cost, **question.graph_options)
         return solve_for(prepared, question.budget, question.solver, question.time_limit_s)
@@ -79,6 +81,8 @@ def given_plan(plan_: Plan | str | os.PathLike, budget: Any, max_overhead: Any) 
         raise BudgetError(
             "both a plan and a budget were given: leave out the budget to follow the plan, or the plan to solve anew"
         )
+    if not isinstance(plan_, (Plan, str, os.PathLike)):
+        raise PlanError(f"plan={plan_!r} was given; it is a Plan, or the path of one that Plan.save wrote")
     return plan_ if isinstance(plan_, Plan) else load_plan(plan_)
 
 

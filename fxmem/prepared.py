@@ -179,8 +179,11 @@ def _inputs(args: tuple, kwargs: Mapping[str, Any]) -> tuple[tuple[str, str], ..
 
 
 def _told(leaf: Any) -> str:
-    """A leaf of a call: "float32[8, 3, 224, 224]", or the value of what is no tensor."""
-    return f"{leaf.dtype}{list(leaf.shape)}".removeprefix("torch.") if isinstance(leaf, torch.Tensor) else repr(leaf)
+    """A leaf of a call: "float32[8, 3, 224, 224]", with its strides where it is not contiguous, or the value of what is none."""
+    if not isinstance(leaf, torch.Tensor):
+        return repr(leaf)
+    strides = "" if leaf.is_contiguous() else f" with strides {leaf.stride()}"
+    return f"{leaf.dtype}{list(leaf.shape)}{strides}".removeprefix("torch.")
 
 
 def device_of(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> torch.device | None:

@@ -66,7 +66,7 @@ def load_plan(path: str | os.PathLike) -> Plan:
         data = json.loads(pathlib.Path(path).read_text())
     except OSError as error:
         raise PlanError(f"plan {path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise PlanError(f"{path} is no plan, or not a whole one ({error}): plan anew, and save that") from error
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         given = data.get("format") if isinstance(data, dict) else None

@@ -1,6 +1,6 @@
 """Every private PyTorch interface that fxmem uses, behind a name of ours: a new PyTorch is this file's work.
 
-joint_graph         AOTAutograd's joint graph with descriptors        torch._functorch.aot_autograd
+joint_graph         AOTAutograd's joint graph with descriptors        torch._functorch.aot_autograd, torch._ops
 dynamo_graph        one torch-level graph of any nn.Module            torch._dynamo.functional_export, .side_effects
 what the joint graph's placeholders and outputs mean                  torch._functorch._aot_autograd.descriptors
 pytree                                                                torch.utils._pytree
@@ -31,6 +31,7 @@ import torch
 import torch._prims_common
 import torch.utils._pytree as pytree
 from torch import fx, nn
+from torch._C import DispatchKey
 from torch._dynamo import config as dynamo_config
 from torch._dynamo.side_effects import SideEffects
 from torch._functorch._aot_autograd import descriptors
@@ -53,6 +54,10 @@ RESULT_LIKE = {  # the operand whose memory format the CPU's kernel gives its fi
     aten.native_group_norm_backward.default: 1,
     aten.roll.default: 0,
 }
+DECOMPOSED = (
+    aten.upsample_linear1d, aten.upsample_bilinear2d, aten.upsample_bicubic2d, aten.upsample_trilinear3d,
+    aten.multi_margin_loss, aten.multilabel_margin_loss_forward, aten.softshrink, aten.hardshrink,
+)  # fmt: skip
 CONTIGUOUS_RESULT = {
     aten._log_softmax_backward_data.default,
     aten.log_sigmoid_forward.default,
@@ -179,9 +184,28 @@ def joint_graph(graph_module: fx.GraphModule, args: tuple, kwargs: dict) -> tupl
 
     Placeholders and outputs carry `meta["desc"]`; backward nodes carry `meta["partitioner_tag"] == "is_backward"`.
     """
-    with contextlib.ExitStack() as stack:
+    with _own_kernels(), contextlib.ExitStack() as stack:
         joint = aot_export_joint_with_descriptors(stack, graph_module, args, kwargs)
         return joint.graph_module, joint.out_spec
+
+
+@contextlib.contextmanager
+def _own_kernels() -> Iterator[None]:
+    """Inside, operators are traced as their kernels run that PyTorch would trace by decompositions in Python, which round
+    otherwise and keep more."""
+    taken = []
+    for packet in DECOMPOSED:
+        for operator in (getattr(packet, name) for name in packet.overloads()):
+            for key in (DispatchKey.Autograd, DispatchKey.CompositeImplicitAutograd):
+                if key in operator.py_kernels:
+                    taken.append((operator, key, operator.py_kernels.pop(key)))
+                    operator._dispatch_cache.clear()
+    try:
+        yield
+    finally:
+        for operator, key, kernel in taken:
+            operator.py_kernels[key] = kernel
+            operator._dispatch_cache.clear()
 
 
 def saved_by_partitioner(joint: fx.GraphModule, forward_outputs: int, fraction: float) -> set[str]:

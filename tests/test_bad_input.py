@@ -267,6 +267,11 @@ def test_a_planned_module_inside():
         transform(nn.Sequential(nn.Linear(8, 8), planned), X)
 
 
+def test_a_plan_that_is_none():
+    with pytest.raises(fxmem.PlanError, match="plan=5 was given; it is a Plan"):
+        fxmem.transform(nn.Linear(2, 2), (torch.randn(1, 2),), plan=5)
+
+
 def test_layers_that_do_not_know_their_shape_yet():
     module = nn.Sequential(nn.Linear(2, 2), nn.LazyLinear(2))
     with pytest.raises(fxmem.CaptureError, match="'1.weight' is not initialized yet: call the module once"):

@@ -10,6 +10,7 @@ from torch import nn
 
 import fxmem
 from fxmem.budget import Budget
+from fxmem.checking import force
 from fxmem.errors import ImplementationError, InfeasibleBudgetError
 from fxmem.implementations import cross_entropy
 from fxmem.prepared import prepare
@@ -67,6 +68,20 @@ def test_as_exact_as_the_whole(dtype, reduction, bias):
     torch.manual_seed(0)
     module = Language(reduction=reduction, bias=bias).to(dtype)
     assert fxmem.check_implementation("chunked_cross_entropy", module, (ids(),)).places == 1
+
+
+def test_no_row_counts():
+    class Ignoring(Unlike):
+        def forward(self, ids):
+            return nn.functional.cross_entropy(
+                self.head(torch.tanh(self.layer(ids).flatten(0, 1))), ids.flatten(), ignore_index=0
+            )
+
+    nothing = torch.zeros(4, 60, dtype=torch.long)
+    planned, places = force("chunked_cross_entropy", Ignoring(), (nothing,), {})
+    loss = planned(nothing)
+    loss.backward()
+    assert places and loss.isnan() and all(p.grad is None or not p.grad.any() for p in planned.parameters())
 
 
 def test_many_small_pieces(monkeypatch):

@@ -287,7 +287,7 @@ def test_torch_reads_the_snapshot(plan, tmp_path):
     plan.save_snapshot(tmp_path / "snapshot.html")
     assert (tmp_path / "snapshot.html").read_text() == viz.trace_plot(snapshot)
     with pytest.raises(PlanError, match="cannot be written"):
-        plan.save_snapshot(tmp_path / "no" / "snapshot.pickle")
+        plan.save_snapshot(tmp_path / "snapshot.html" / "snapshot.pickle")
 
 
 def test_numbers_are_json(plan):

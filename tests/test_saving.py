@@ -90,6 +90,7 @@ def test_another_call_is_planned_for_the_same_budget(path):
         (ConvNet(), (torch.randn(8, 3, 16, 16).double(),), "and float64[8, 3, 16, 16] here"),
         (ConvNet(width=4), IMAGES, "storage 0 is stem_weight, 864 bytes, parameter in the plan and stem_weight, 432 bytes"),
         (ConvNet(blocks=3), IMAGES, "in the plan and blocks_2_0_weight, 2,304 bytes, parameter here"),
+        (ConvNet(), (IMAGES[0].contiguous(memory_format=torch.channels_last),), "[8, 3, 16, 16] with strides (768, 1, 48, 3)"),
         (ConvNet().eval(), IMAGES, "the mode is train in the plan and eval here"),
         (Transformer(), (torch.randint(50, (2, 8)),), "the model is ConvNet in the plan and Transformer here"),
     ],

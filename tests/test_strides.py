@@ -1,8 +1,10 @@
 """Results have the strides on fake tensors that the CPU's kernels give them, however operands lie in memory."""
 
+import copy
+
 import pytest
 import torch
-from helpers.steps import assert_drop_in
+from helpers.steps import assert_drop_in, transform
 from torch import nn
 
 import fxmem
@@ -84,6 +86,19 @@ class AcrossTransposes(nn.Module):
 
     def forward(self, x):
         return torch.relu(self.norm((x * self.scale).transpose(2, 3)).transpose(2, 3)) * self.scale
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_group_norm_of_channels_last(batch):
+    """A gradient comes contiguous; of one image, its strides do not tell in which format the input is."""
+    torch.manual_seed(0)
+    x = torch.randn(batch, 4, 8, 10).contiguous(memory_format=torch.channels_last).requires_grad_()
+    plain = nn.GroupNorm(2, 4)
+    planned = transform(copy.deepcopy(plain), (x,), budget=None)
+    for module in (plain, planned):
+        module(x * 1.5).add(0).backward(torch.linspace(-1, 1, x.numel()).view(batch, 4, 8, 10))
+    for expected, found in zip(plain.parameters(), planned.parameters(), strict=True):
+        torch.testing.assert_close(found.grad, expected.grad)
 
 
 NORMS = {"batch": lambda: nn.BatchNorm2d(4), "group": lambda: nn.GroupNorm(2, 4), "layer": lambda: nn.LayerNorm(12)}

@@ -110,6 +110,32 @@ def test_random_operators_draw_the_plain_numbers(name):
     assert_drop_in(Apply(RANDOM[name]), (torch.randn(2, 4, 8),))
 
 
+TARGETS = torch.arange(4) % 4
+DECOMPOSED = {
+    "bilinear": lambda y: F.interpolate(y[:, None, None], scale_factor=2, mode="bilinear"),
+    "bicubic": lambda y: F.interpolate(y[:, None, None], size=(3, 5), mode="bicubic", align_corners=True),
+    "linear": lambda y: F.interpolate(y[:, None], scale_factor=2, mode="linear"),
+    "trilinear": lambda y: F.interpolate(y[:, None, None, None], scale_factor=2, mode="trilinear"),
+    "antialias": lambda y: F.interpolate(y[:, None, None], size=(1, 4), mode="bilinear", antialias=True),
+    "multi margin": lambda y: F.multi_margin_loss(y, TARGETS, reduction="none"),
+    "multilabel margin": lambda y: F.multilabel_margin_loss(y, TARGETS[:, None].expand(4, 8).contiguous()),
+    "softshrink": F.softshrink,
+    "hardshrink": F.hardshrink,
+}
+
+
+@pytest.mark.parametrize("name", DECOMPOSED)
+def test_operators_run_by_their_kernels(name):
+    """PyTorch's tracing would take these apart into operators that round otherwise."""
+    torch.manual_seed(0)
+
+    class Between(Apply):
+        def forward(self, x):
+            return self.function(torch.tanh(self.first(x)) * 2) * 1.5
+
+    assert_drop_in(Between(DECOMPOSED[name]), rows())
+
+
 @each_device
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_dtypes(dtype, device):

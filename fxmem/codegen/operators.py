@@ -9,7 +9,7 @@ import torch
 from ..inplace import INPLACE_FORMS, InplaceForm
 from ..torch_internals import suggested_format
 
-__all__ = ["dropout_apply", "in_kernel_format", "replay", "rng_state"]
+__all__ = ["dropout_apply", "in_format_of", "in_kernel_format", "replay", "rng_state"]
 
 
 _library = torch.library.Library("fxmem", "FRAGMENT")
@@ -43,6 +43,12 @@ def in_kernel_format(value: torch.Tensor) -> torch.Tensor:
     Strides of dimensions of size one mean nothing, but formats are read off them, and fake operators choose them differently.
     """
     return value if value.is_contiguous(memory_format=suggested_format(value)) else value.contiguous()
+
+
+@torch.fx.wrap
+def in_format_of(value: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """`value`, made contiguous in the format that the strides of `other` suggest, as group norm's backward does with gradients."""
+    return value.contiguous(memory_format=suggested_format(other))
 
 
 @torch.fx.wrap

@@ -181,7 +181,7 @@ def _linear_cross_entropy(x, weight, bias, logits, targets, ignored, mean, wante
     scale = targets.ne(ignored).to(wide)
     counted = scale.sum()
     if mean:
-        scale /= counted
+        scale /= counted.clamp(min=1)  # where none counts, every gradient is zero, though the loss is no number
     loss = x.new_zeros((), dtype=wide)
     rows = min(count, _rows(count, width, x.dtype))
     normalized = x.new_empty((rows, width), dtype=wide)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from ..codegen.operators import dropout_apply, in_kernel_format
+from ..codegen.operators import dropout_apply, in_format_of, in_kernel_format
 from .base import Pass
 
 aten = torch.ops.aten
@@ -43,8 +43,10 @@ class MatchEager(Pass):
             if value.meta["val"].dim() > 2 and 1 in value.meta["val"].shape
         ]
         for node, value in found:
+            is_gradient = node.target is GROUP_NORMS[1] and value is node.args[0]
             with graph_module.graph.inserting_before(node):
-                formatted = graph_module.graph.call_function(in_kernel_format, (value,))
+                target, read = (in_format_of, (value, node.args[1])) if is_gradient else (in_kernel_format, (value,))
+                formatted = graph_module.graph.call_function(target, read)
             formatted.meta = node.meta | {"val": value.meta["val"]}
             node.replace_input_with(value, formatted)
         return bool(found)
