@@ -179,7 +179,7 @@ def _inputs(args: tuple, kwargs: Mapping[str, Any]) -> tuple[tuple[str, str], ..
 
 
 def _told(leaf: Any) -> str:
-    """A leaf of a call: "float32[8, 3, 224, 224]", with its strides where it is not contiguous, or the value of what is none."""
+    """A leaf of a call: "float32[8, 3, 224, 224]", with strides where it is not contiguous; or the value of what is none."""
     if not isinstance(leaf, torch.Tensor):
         return repr(leaf)
     strides = "" if leaf.is_contiguous() else f" with strides {leaf.stride()}"

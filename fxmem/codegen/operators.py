@@ -47,7 +47,7 @@ def in_kernel_format(value: torch.Tensor) -> torch.Tensor:
 
 @torch.fx.wrap
 def in_format_of(value: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """`value`, made contiguous in the format that the strides of `other` suggest, as group norm's backward does with gradients."""
+    """`value`, made contiguous in the format that the strides of `other` suggest, as group norm's backward does."""
     return value.contiguous(memory_format=suggested_format(other))
 
 
