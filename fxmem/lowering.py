@@ -6,7 +6,6 @@ it again from its base for free. Order is the graph's own. What implementations 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -49,7 +48,7 @@ def lower(graph_module: fx.GraphModule) -> Lowered:
         num_forward=forward_end + 1,
         num_program=len(nodes),
         outputs=_outputs(graph_module, infos),
-        extra_bytes=_random_bytes(n for n in nodes if n.op == "call_function" and draws_random_numbers(n)),
+        extra_bytes=sum(rng_state_bytes(n) for n in nodes if n.op == "call_function" and draws_random_numbers(n)),
     )
     return Lowered(problem, (*nodes, *(n for n, _ in beside)))
 
@@ -93,12 +92,6 @@ def device_of(node: fx.Node) -> torch.device:
     return first.device
 
 
-def _random_bytes(drawing: Iterable[fx.Node]) -> int:
-    """A saved state for each operator that may draw its numbers again, and one to go back to."""
-    states = [rng_state_bytes(node) for node in drawing]
-    return sum(states) + max(states, default=0)
-
-
 def rng_state_bytes(node: fx.Node) -> int:
     """Bytes of a saved state of the generator that the node draws from (Mersenne Twister, or Philox seed and offset)."""
     return 16 if device_of(node).type == "cuda" else 5056
@@ -138,12 +131,13 @@ def _operator(node: fx.Node, infos: tuple[StorageInfo, ...], written: set[fx.Nod
     stands_in = "fxmem_stands_for" in node.meta
     outputs = tuple(s for s in node.meta["fxmem_storages"] if stands_in or infos[s].node is node)
     inputs = tuple(dict.fromkeys(s for n in node.all_input_nodes for s in n.meta["fxmem_storages"]))
+    going_back_bytes = rng_state_bytes(node) if draws_random_numbers(node) else 0  # to the generator's state after a repeat
     return Operator(
         name=node.name,
         inputs=inputs,
         outputs=outputs,
         time_s=node.meta["fxmem_time_s"],
-        workspace_bytes=node.meta["fxmem_workspace_bytes"],
+        workspace_bytes=node.meta["fxmem_workspace_bytes"] + going_back_bytes,
         inplace=_inplace_pairs(node, outputs, infos, returned),
         recomputable=_recomputable(node, written),
         module=module_of(node),

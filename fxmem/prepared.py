@@ -169,7 +169,8 @@ def _device_name(device: torch.device | None) -> str:
     """What a plan's times and workspaces hold for."""
     if device is None:
         return "meta"
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    there = device.type == "cuda" and torch.cuda.is_available()
+    return torch.cuda.get_device_name(device) if there else device.type
 
 
 def _inputs(args: tuple, kwargs: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
