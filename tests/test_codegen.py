@@ -60,8 +60,8 @@ def test_the_measured_peak_is_the_predicted_one(make, size, budget):
     args = (torch.randint(0, 50, size) if make is Transformer else torch.randn(size),)
     planned = transform(make(), args, budget=budget, cost="measured")
     measured = fxmem.measure(planned, args, repeats=1)
-    assert measured.peak_bytes <= planned.plan.predicted_peak_bytes
-    assert measured.peak_bytes == pytest.approx(planned.plan.predicted_peak_bytes, rel=0.02)
+    predicted, states = planned.plan.predicted_peak_bytes, planned.plan.problem.extra_bytes  # which not every plan needs
+    assert 0.98 * (predicted - states) <= measured.peak_bytes <= predicted
 
 
 def test_accumulation_stays_within_the_plan_and_one_regions_gradients():
