@@ -73,6 +73,8 @@ class FakeTensorMode(_FakeTensorMode):
         if func is aten.native_group_norm_backward.default:  # transposed, it would refuse what the kernel takes
             taken = (*(self._formatted(a, torch.contiguous_format) for a in args[:2]), *args[2:])
         made = super().dispatch(func, types, taken, kwargs)
+        if func is aten.col2im.default:
+            return self._shrunk(made, args[0].numel())
         like = RESULT_LIKE.get(func)
         if like is None and func not in CONTIGUOUS_RESULT:
             return made
@@ -81,6 +83,13 @@ class FakeTensorMode(_FakeTensorMode):
         count = len(results) if func is aten.log_sigmoid_forward.default else 1
         results = (*(self._formatted(r, memory_format) for r in results[:count]), *results[count:])
         return results if isinstance(made, tuple) else results[0]
+
+    def _shrunk(self, tensor: torch.Tensor, count: int) -> torch.Tensor:
+        """The tensor as the first part of `count` elements, which the CPU's kernel took for it before it knew its size."""
+        if tensor.device.type != "cpu" or count <= tensor.numel():
+            return tensor
+        whole = super().dispatch(aten.empty.memory_format, (), ([count],), {"dtype": tensor.dtype, "device": tensor.device})
+        return super().dispatch(aten.as_strided.default, (), (whole, list(tensor.shape), list(tensor.stride())))
 
     def _formatted(self, tensor: torch.Tensor | None, memory_format: torch.memory_format) -> torch.Tensor | None:
         if tensor is None or tensor.device.type != "cpu" or tensor.is_contiguous(memory_format=memory_format):

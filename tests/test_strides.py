@@ -101,6 +101,23 @@ def test_group_norm_of_channels_last(batch):
         torch.testing.assert_close(found.grad, expected.grad)
 
 
+class Folded(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.randn(4, 1, 1))
+
+    def forward(self, x):
+        patches = nn.functional.unfold(x * self.scale, 3)
+        return nn.functional.fold(patches.tanh(), (12, 12), 3)
+
+
+def test_a_fold_keeps_the_room_of_what_it_folded():
+    torch.manual_seed(0)
+    x = torch.randn(2, 4, 12, 12, requires_grad=True)
+    planned = assert_drop_in(Folded(), (x,), cost="measured")
+    assert fxmem.measure(planned, (x,)).peak_bytes == planned.plan.predicted_peak_bytes
+
+
 NORMS = {"batch": lambda: nn.BatchNorm2d(4), "group": lambda: nn.GroupNorm(2, 4), "layer": lambda: nn.LayerNorm(12)}
 
 
