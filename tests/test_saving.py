@@ -190,7 +190,7 @@ def test_the_cache(tmp_path, monkeypatch, caplog):
         file.write_text("{")
     with caplog.at_level(logging.WARNING):
         again = fxmem.plan(ConvNet(), IMAGES, budget=0.7, **options)
-    assert "planning anew" in caplog.text and again.solution.schedule == first.solution.schedule
+    assert "planning anew" in caplog.text and again.predicted_peak_bytes <= again.budget_bytes == first.budget_bytes
     assert fxmem.plan(ConvNet(), IMAGES, budget=0.7, **options) == again
 
 
