@@ -133,7 +133,9 @@ def prepare(
     phase("preparing")
     for graph_pass in (SplitConvolutions(), NameNodes(), MatchEager(), rewrite_backward):
         graph_pass(captured.joint)
-    other = replace(captured, joint=fx.GraphModule(captured.joint, copy.deepcopy(captured.joint.graph)))
+    other = None
+    if rewrite.applies(captured.joint):  # a copy of a large graph takes seconds
+        other = replace(captured, joint=fx.GraphModule(captured.joint, copy.deepcopy(captured.joint.graph)))
     passes = _annotations(device, model, offer, inplace)
 
     def finish(captured: Capture, baseline: EagerTimeline | None = None) -> Prepared:
@@ -145,8 +147,9 @@ def prepare(
         return Prepared(type(module).__name__, captured, device, lowered, baseline, model, seconds, origin)
 
     plain = finish(captured)
-    if not rewrite(other.joint).modified:
+    if other is None:
         return plain
+    rewrite(other.joint)
     rewritten = finish(other, plain.baseline)
     return replace(plain, rewritten=rewritten, seconds=rewritten.seconds)
 

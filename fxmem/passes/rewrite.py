@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import fx
@@ -30,17 +30,26 @@ class RewriteParts(Pass):
         self.implementations, self.forward = choose_implementations(names, exactness), forward
 
     def apply(self, graph_module: fx.GraphModule) -> bool:
-        graph, count = graph_module.graph, 0
+        count = 0
+        for implementation, node, found in self._found(graph_module.graph):
+            with naming_failures(implementation, node):
+                _Writer(graph_module.graph, found, implementation).write()
+            count += 1
+        graph_module.meta["fxmem_rewrites"] = graph_module.meta.get("fxmem_rewrites", 0) + count
+        return count > 0
+
+    def applies(self, graph_module: fx.GraphModule) -> bool:
+        """Whether there is anything to rewrite."""
+        return next(self._found(graph_module.graph), None) is not None
+
+    def _found(self, graph: fx.Graph) -> Iterator[tuple[Implementation, fx.Node, Rewrite]]:
         for implementation in self.implementations:
             for target in implementation.serves:
                 for node in [n for n in graph.find_nodes(op="call_function", target=target) if is_backward(n)]:
                     with naming_failures(implementation, node):
                         found = implementation.choose(node)
-                        if isinstance(found, Rewrite) and (self.forward or not found.forward):
-                            _Writer(graph, found, implementation).write()
-                            count += 1
-        graph_module.meta["fxmem_rewrites"] = graph_module.meta.get("fxmem_rewrites", 0) + count
-        return count > 0
+                    if isinstance(found, Rewrite) and (self.forward or not found.forward):
+                        yield implementation, node, found
 
 
 class _Writer:

@@ -48,8 +48,8 @@ def _write_between(graph: fx.Graph, buffers: set[fx.Node], position: dict[fx.Nod
     """Write the running statistics that one batch norm hands to the next use of the same module."""
     modified = False
     for node in graph.find_nodes(op="call_function", target=BATCH_NORM):
-        for argument, item in ((3, 3), (4, 4)):
-            buffer = node.args[argument]
+        for item in (3, 4):  # where it takes them, and where it hands them out
+            buffer = node.args[item]
             made = next((u for u in node.users if u.target is operator.getitem and u.args[1] == item), None)
             later = [] if made is None else [u for u in made.users if u.target is BATCH_NORM and made in u.args[3:5]]
             if buffer in buffers and later:
