@@ -10,8 +10,6 @@ one P100). Results are stored; `python -m benchmarks.report` puts them into the 
 from __future__ import annotations
 
 import argparse
-import json
-import pathlib
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -25,8 +23,10 @@ from fxmem.implementations import IMPLEMENTATIONS, bits
 
 from .implementation_cases import CASES, images
 from .models import MODELS, SOLVER_MODELS, Example, build, on_meta
+from .results import FOLDER, save_row
 
-RESULTS = pathlib.Path(__file__).parent / "results" / "implementations.json"
+RESULTS = FOLDER / "implementations.json"
+QUESTION = ("part", "model", "name", "device", "budget", "way")
 WAYS: dict[str, dict[str, Any]] = {
     "recompute": {"implementations": (), "inplace": False},
     "in place": {"implementations": (), "inplace": True},
@@ -134,14 +134,6 @@ def speed() -> Iterator[dict]:
         }
 
 
-def save(row: dict) -> None:
-    """Add the row to the stored results, or put it in place of the one of the same question."""
-    stored = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
-    key = ("part", "model", "name", "device", "budget", "way")
-    kept = {tuple(r.get(k) for k in key): r for r in (*stored, row)}
-    RESULTS.write_text(json.dumps(list(kept.values()), indent=1) + "\n")
-
-
 def line(row: dict) -> str:
     if row["part"] in ("table", "speed"):
         return ", ".join(f"{k}: {v}" for k, v in row.items() if k not in ("part", "keeps"))
@@ -171,7 +163,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(COLUMNS, flush=True)
     for row in found:
         print(line(row), flush=True)
-        save(row)
+        save_row(RESULTS, row, QUESTION)
     return 0
 
 

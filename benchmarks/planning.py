@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import pathlib
 import resource
 import subprocess
 import sys
@@ -25,8 +24,9 @@ from fxmem.solvers import solve
 from fxmem.torch_internals import dynamo_graph, joint_graph
 
 from .models import SOLVER_MODELS, Example
+from .results import FOLDER, save_row
 
-RESULTS = pathlib.Path(__file__).parent / "results" / "planning.json"
+RESULTS = FOLDER / "planning.json"
 MODELS = "resnet50,gpt2_12,gpt2_48,gpt2_96"
 LONG_S = 600.0
 LAYOUT = "{:<14}{:>10}{:>9}{:>9}{:>7}{:>9}{:>9}{:>9}{:>9}{:>9}{:>9}"
@@ -113,15 +113,12 @@ def main(arguments: list[str] | None = None) -> int:
         print(json.dumps(asdict(plan_one(options.one, options.budget, options.device, options.time_limit, options.long))))
         return 0
     print(COLUMNS, flush=True)
-    rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
-    stored = {(r["model"], r["device"], r["budget"]): r for r in rows}
     for name in options.models.split(","):
         command = [sys.executable, "-m", "benchmarks.planning", *(arguments or sys.argv[1:]), "--one", name]
         printed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
         row = Row(**json.loads(printed.splitlines()[-1]))
         print(row.line, flush=True)
-        stored[row.model, row.device, row.budget] = asdict(row)
-        RESULTS.write_text(json.dumps(list(stored.values()), indent=1) + "\n")
+        save_row(RESULTS, asdict(row), ("model", "device", "budget"))
     return 0
 
 

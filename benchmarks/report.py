@@ -6,7 +6,7 @@ import json
 import pathlib
 from collections.abc import Iterable
 
-from .results import FOLDER, Results, load
+from .results import FOLDER, Results, load, stored_rows
 from .tables import full_markdown, implementations_markdown, readme_markdown, solvers_markdown, static_markdown
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -31,19 +31,9 @@ def stored() -> list[Results]:
 
 def solver_rows() -> list[dict]:
     """What `benchmarks.solvers` stored for models, and what it printed for instances (`--json > instances.jsonl`)."""
-    models, instances = FOLDER / "solvers.json", FOLDER / "instances.jsonl"
-    rows = json.loads(models.read_text()) if models.exists() else []
-    return rows + ([json.loads(line) for line in instances.read_text().splitlines()] if instances.exists() else [])
-
-
-def implementation_rows() -> list[dict]:
-    path = FOLDER / "implementations.json"
-    return json.loads(path.read_text()) if path.exists() else []
-
-
-def static_rows() -> list[dict]:
-    path = FOLDER / "static.json"
-    return json.loads(path.read_text()) if path.exists() else []
+    instances = FOLDER / "instances.jsonl"
+    lines = instances.read_text().splitlines() if instances.exists() else []
+    return stored_rows(FOLDER / "solvers.json") + [json.loads(line) for line in lines]
 
 
 def pages() -> dict[pathlib.Path, str]:
@@ -51,17 +41,15 @@ def pages() -> dict[pathlib.Path, str]:
     memory = ROOT / "docs" / "memory.md"
     steps, readme, benchmarks = stored(), ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
     implementations = ROOT / "docs" / "implementations.md"
-    other = implementations.read_text()
+    other, found = implementations.read_text(), stored_rows(FOLDER / "implementations.json")
     for part in ("table", "speed", "models", "monet"):
-        other = with_tables(
-            other, f"benchmarks.implementations, {part}", [implementations_markdown(implementation_rows(), part)]
-        )
+        other = with_tables(other, f"benchmarks.implementations, {part}", [implementations_markdown(found, part)])
     page = with_tables(benchmarks.read_text(), "benchmarks.step", map(full_markdown, steps))
     return {
         readme: with_tables(readme.read_text(), "benchmarks.step", map(readme_markdown, steps)),
         benchmarks: with_tables(page, "benchmarks.solvers", [solvers_markdown(solver_rows())]),
         implementations: other,
-        memory: with_tables(memory.read_text(), "benchmarks.static", [static_markdown(static_rows())]),
+        memory: with_tables(memory.read_text(), "benchmarks.static", [static_markdown(stored_rows(FOLDER / "static.json"))]),
     }
 
 

@@ -1,4 +1,7 @@
-"""Results of `benchmarks.step` on disk: one JSON file a device, rows replaced one by one, so that a run can have parts."""
+"""Results on disk: JSON files whose rows are replaced one by one, so that a run can have parts.
+
+Of `benchmarks.step` one file a device, with what it was measured on; of the other benchmarks lists of rows.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import json
 import pathlib
 import platform
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -96,6 +100,18 @@ def save(row: Row, device: str) -> None:
     results = Results(_device_name(device), torch.__version__, torch.get_num_threads(), tuple(ordered))
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(asdict(results), indent=1) + "\n")
+
+
+def stored_rows(path: pathlib.Path) -> list[dict]:
+    """The rows of a file that `save_row` writes; none where there is no file."""
+    return json.loads(path.read_text()) if path.exists() else []
+
+
+def save_row(path: pathlib.Path, row: dict, key: Sequence[str]) -> None:
+    """Add the row to those in the file, or put it in place of the one that has the same values under the names in `key`."""
+    rows = {tuple(r.get(name) for name in key): r for r in (*stored_rows(path), row)}
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(list(rows.values()), indent=1) + "\n")
 
 
 def _device_name(device: str) -> str:

@@ -23,14 +23,15 @@ from fxmem.errors import InfeasibleBudgetError
 from fxmem.prepared import prepare
 from fxmem.problem import Problem
 from fxmem.schedule import Schedule, plain_schedule, simulate
-from fxmem.solvers import SOLVERS, least_peak, solve
+from fxmem.solvers import SOLVERS, Solution, least_peak, solve, solve_alone
 from fxmem.solvers.auto import PEERS
-from fxmem.solvers.base import Task, find_solver
 
 from .instances import read_instance
 from .models import SOLVER_MODELS
+from .results import FOLDER, save_row
 
-RESULTS = pathlib.Path(__file__).parent / "results" / "solvers.json"
+RESULTS = FOLDER / "solvers.json"
+QUESTION = ("instance", "device", "budget", "solver")
 DEFAULT = ("auto", *PEERS, "torch_budget")
 BUDGETS = "0.7,0.5,0.4,0.33,0.25,min"
 LAYOUT = "{:<18}{:<8}{:>7}  {:<13}{:>9}{:>7}{:>9}{:>8}  {}"
@@ -79,8 +80,9 @@ class Row:
 
 def rows_of(case: Case, budgets: list[str], solvers: list[str], time_limit_s: float) -> Iterator[Row]:
     """A row for each budget and solver, the smallest budget first: what `auto` finds there starts the next. The least peak is
-    `auto`'s alone to look for."""
+    `auto`'s alone to look for, and what PyTorch's partitioner does is known of modules alone."""
     starts: list[Schedule] = []
+    solvers = [s for s in solvers if s != "torch_budget" or case.partitioner]
     for budget in sorted(budgets, key=lambda b: 0.0 if b == "min" else float(b)):
         for solver in solvers:
             if budget != "min" or solver == "auto":
@@ -89,41 +91,32 @@ def rows_of(case: Case, budgets: list[str], solvers: list[str], time_limit_s: fl
 
 def _row(case: Case, budget: str, solver: str, time_limit_s: float, starts: list[Schedule]) -> Row:
     begin = time.perf_counter()
-    bound, outcome = None, "ok"
+    outcome = "nothing that fits"
     try:
-        if budget == "min":
-            solution = least_peak(case.problem, time_limit_s=time_limit_s)
-        elif solver == "auto":
-            solution = solve(case.problem, case.budget_bytes(float(budget)), time_limit_s=time_limit_s, starts=starts)
-        else:
-            solution = None
-        if solution is None:
-            schedule = _alone(case, case.budget_bytes(float(budget)), solver, time_limit_s)
-        else:
-            schedule, bound = solution.schedule, solution.lower_bound_overhead
-            starts.append(schedule)
+        solution = _asked(case, budget, solver, time_limit_s, starts)
     except InfeasibleBudgetError as error:
-        schedule, outcome = None, f"infeasible: the least peak met is {case.fraction(error.min_budget_bytes):.3f}"
+        solution, outcome = None, f"infeasible: the least peak met is {case.fraction(error.min_budget_bytes):.3f}"
     seconds = time.perf_counter() - begin
-    if schedule is None:
-        outcome = "nothing that fits" if outcome == "ok" else outcome
-        return Row(case.instance, case.device, budget, solver, None, None, bound, seconds, outcome)
-    timeline = simulate(case.problem, schedule)
+    if solution is None:
+        return Row(case.instance, case.device, budget, solver, None, None, None, seconds, outcome)
+    bound = None
+    if solver == "auto":
+        starts.append(solution.schedule)
+        bound = solution.lower_bound_overhead
+    timeline = solution.timeline
     return Row(
         case.instance, case.device, budget, solver, timeline.overhead, case.fraction(timeline.peak_bytes), bound, seconds
     )  # fmt: skip
 
 
-def _alone(case: Case, budget_bytes: int, solver: str, time_limit_s: float) -> Schedule | None:
-    """What a solver finds by itself, without what `solve` does where it finds nothing."""
-    plain = plain_schedule(case.problem)
-    if simulate(case.problem, plain).peak_bytes <= budget_bytes:
-        return plain
-    starts = case.partitioner if solver == "torch_budget" else ()
-    task = Task(case.problem, budget_bytes, starts, time.monotonic() + time_limit_s)
-    schedule = find_solver(solver)(task).schedule if solver != "torch_budget" or starts else None
-    fits = schedule is not None and simulate(case.problem, schedule).peak_bytes <= budget_bytes
-    return schedule if fits else None
+def _asked(case: Case, budget: str, solver: str, time_limit_s: float, starts: list[Schedule]) -> Solution | None:
+    """`auto` begins from what it found before; the others answer by themselves, PyTorch's from its partitioner's schedules."""
+    if budget == "min":
+        return least_peak(case.problem, time_limit_s=time_limit_s)
+    budget_bytes = case.budget_bytes(float(budget))
+    if solver == "auto":
+        return solve(case.problem, budget_bytes, time_limit_s=time_limit_s, starts=starts)
+    return solve_alone(case.problem, budget_bytes, solver, case.partitioner if solver == "torch_budget" else (), time_limit_s)
 
 
 def instance_case(path: str) -> Case:
@@ -141,15 +134,6 @@ def model_cases(name: str, devices: list[str]) -> Iterator[Case]:
         prepared = prepared.under(device)
         schedules = prepared.partitioner_schedules()
         yield Case(name, device, prepared.lowered.problem, prepared.baseline.peak_bytes, partitioner=schedules)
-
-
-def save(row: Row) -> None:
-    """Add the row to the stored results, or put it in place of the one of the same question."""
-    stored = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
-    key = ("instance", "device", "budget", "solver")
-    rows = {tuple(r[k] for k in key): r for r in (*stored, asdict(row))}
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(list(rows.values()), indent=1) + "\n")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -171,7 +155,7 @@ def main(arguments: list[str] | None = None) -> int:
         for row in rows_of(case, options.budget.split(","), solvers, options.time_limit):
             print(json.dumps(asdict(row)) if options.json else row.line, flush=True)
             if not options.instance:
-                save(row)
+                save_row(RESULTS, asdict(row), QUESTION)
     return 0
 
 

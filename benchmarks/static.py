@@ -1,11 +1,11 @@
 """Offsets in one block of memory: of the models' training steps, or of stored instances.
 
 `python -m benchmarks.static` plans the models of `benchmarks.step` on meta tensors, with the roofline of a device, plain and
-for a budget, and places what their steps make. With `--instances FILE...` it places CSVs of MiniMalloc's instead
-(`fxmem.memory.read_csv`), with the capacity that is to be reached in each file's name (`A.1048576.csv`) or in `--capacity`;
-without either the least arena is looked for. A row says whether it was reached, in how many seconds and how many nodes of the
-complete search, and what other allocators need. Rows are stored in benchmarks/results/static.json, one for each instance and
-capacity; `--json` prints them, a JSON object a line.
+for a budget (for the least peak, where a model has to stay above the budget), and places what their steps make. With
+`--instances FILE...` it places CSVs of MiniMalloc's instead (`fxmem.memory.read_csv`), with the capacity that is to be reached
+in each file's name (`A.1048576.csv`) or in `--capacity`; without either the least arena is looked for. A row says whether it
+was reached, in how many seconds and how many nodes of the complete search, and what other allocators need. Rows are stored in
+benchmarks/results/static.json, one for each instance and capacity; `--json` prints them, a JSON object a line.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ from fxmem.solvers import solve
 
 from .allocators import other_allocators
 from .models import MODELS, on_meta
+from .results import FOLDER, save_row, stored_rows
 
-RESULTS = pathlib.Path(__file__).parent / "results" / "static.json"
+RESULTS = FOLDER / "static.json"
 LAYOUT = "{:<20}{:>10}{:>14}{:>14}{:>14}{:>9}{:>9}{:>8}  {:<24}{}"
 HEADS = ("instance", "intervals", "capacity", "max live", "arena", "ratio", "nodes", "seconds", "status", "others / max live")
 COLUMNS = LAYOUT.format(*HEADS)
@@ -84,17 +85,27 @@ def row_of(instance: str, intervals: Sequence[Interval], capacity: int | None, t
 
 
 def rows_of_model(name: str, fraction: float, device: str, time_limit_s: float) -> Iterator[Row]:
-    """A model's step as it is traced, and planned for a fraction of the plain peak where that can be."""
+    """A model's step as it is traced, and planned for a fraction of the plain peak, or the least peak where that is more."""
     example = on_meta(MODELS[name])()
     args, kwargs = canonical_call(example.module, example.args, example.kwargs)
     prepared = prepare(example.module, args, kwargs, device)
     problem = prepared.lowered.problem
     yield row_of(f"{name}, plain", intervals_of(problem, plain_schedule(problem)), None, time_limit_s)
     try:
-        schedule = solve(problem, int(fraction * prepared.baseline.peak_bytes), time_limit_s=time_limit_s).schedule
-    except InfeasibleBudgetError:
-        return
-    yield row_of(f"{name}, {fraction:g}", intervals_of(problem, schedule), None, time_limit_s)
+        solution = solve(problem, int(fraction * prepared.baseline.peak_bytes), time_limit_s=time_limit_s)
+    except InfeasibleBudgetError as error:
+        solution = solve(problem, error.min_budget_bytes, time_limit_s=time_limit_s)
+    yield row_of(planned_name(name, fraction), intervals_of(problem, solution.schedule), None, time_limit_s)
+
+
+def planned_name(model: str, fraction: float) -> str:
+    return f"{model}, {fraction:g}"
+
+
+def unanswered(names: Sequence[str], fraction: float) -> list[str]:
+    """The models of which no planned step is stored."""
+    stored = {row["instance"] for row in stored_rows(RESULTS)}
+    return [name for name in names if planned_name(name, fraction) not in stored]
 
 
 def rows_of_files(files: Sequence[str], capacity: int | None, time_limit_s: float) -> Iterator[Row]:
@@ -109,14 +120,6 @@ def capacity_in(path: pathlib.Path) -> int | None:
     return int(parts[-2]) if len(parts) > 2 and parts[-2].isdigit() else None
 
 
-def save(row: Row) -> None:
-    """Add the row to the stored results, or put it in place of the one of the same question."""
-    stored = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
-    rows = {(r["instance"], r["capacity"]): r for r in (*stored, asdict(row))}
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(list(rows.values()), indent=1) + "\n")
-
-
 def main(arguments: list[str] | None = None) -> int:
     """0 where every instance was solved, 1 where one was not, 2 where one cannot be read."""
     options = _parser().parse_args(arguments)
@@ -124,6 +127,8 @@ def main(arguments: list[str] | None = None) -> int:
     if not options.instances and not set(names) <= set(MODELS):
         print(f"unknown models; there are: {', '.join(MODELS)}", file=sys.stderr)
         return 2
+    if options.resume:
+        names = unanswered(names, options.budget)
     if options.instances:
         rows = rows_of_files(options.instances, options.capacity, options.time_limit)
     else:
@@ -135,7 +140,7 @@ def main(arguments: list[str] | None = None) -> int:
         for row in rows:
             solved &= row.reached
             print(json.dumps(asdict(row)) if options.json else row.line, flush=True)
-            save(row)
+            save_row(RESULTS, asdict(row), ("instance", "capacity"))
     except (FxmemError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
@@ -156,6 +161,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--time-limit", type=float, default=60.0, help="seconds for one instance, and for planning its schedule"
     )
+    parser.add_argument("--resume", action="store_true", help="leave out models whose rows are stored")
     parser.add_argument("--json", action="store_true", help="print a JSON object a line")
     return parser
 
