@@ -114,6 +114,41 @@ def lstm_cells(batch: int = 256, steps: int = 64, width: int = 512) -> Example:
     return Example(UnrolledLSTM(width, steps), (torch.randn(batch, steps, width),))
 
 
+def cifar_resnet(batch: int = 128, depth: int = 164) -> Example:
+    """He et al. 2016 (arXiv 1603.05027) for images of 32 x 32: depth = 9 n + 2, in three stages of n bottlenecks."""
+    return Example(CifarResNet((depth - 2) // 9), (_images(batch, 32),), blocks=("_Bottleneck",))
+
+
+class CifarResNet(nn.Sequential):
+    """Bottlenecks that normalize before they convolve."""
+
+    def __init__(self, blocks: int, classes: int = 10):
+        layers: list[nn.Module] = [nn.Conv2d(3, 16, 3, padding=1, bias=False)]
+        now = 16
+        for width, stride in ((16, 1), (32, 2), (64, 2)):
+            for k in range(blocks):
+                layers.append(_Bottleneck(now, width, stride if k == 0 else 1))
+                now = 4 * width
+        head = (nn.BatchNorm2d(now), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(now, classes))
+        super().__init__(*layers, *head)
+
+
+class _Bottleneck(nn.Module):
+    def __init__(self, source: int, width: int, stride: int):
+        super().__init__()
+        self.first = nn.Sequential(nn.BatchNorm2d(source), nn.ReLU())
+        self.rest = nn.Sequential(
+            nn.Conv2d(source, width, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
+            nn.Conv2d(width, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
+            nn.Conv2d(width, 4 * width, 1, bias=False),
+        )  # fmt: skip
+        self.shortcut = nn.Conv2d(source, 4 * width, 1, stride, bias=False) if source != 4 * width else None
+
+    def forward(self, x):
+        y = self.first(x)
+        return self.rest(y) + (x if self.shortcut is None else self.shortcut(y))
+
+
 class UNet(nn.Module):
     """Four levels down and up again, with a skip at each."""
 
