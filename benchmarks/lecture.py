@@ -56,7 +56,7 @@ COLUMNS = LAYOUT.format("network", "depth", "ops", "prepared", "method", "MB", "
 @dataclass(frozen=True)
 class Row:
     """One network by one method. bytes: see the module's docstring; peak_bytes: of the whole step, where a schedule has one.
-    extra_time: over the plain step's. seconds: of planning alone; prepare_s: of all before it. outcome: "ok", or what is not."""
+    extra_time: over the plain step's. seconds: of planning alone; prepare_s: of all before it. outcome: "ok", or why not."""
 
     network: str
     depth: int
