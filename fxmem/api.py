@@ -90,7 +90,7 @@ def transform(
         prepared, plan_ = decide(module, args, kwargs, question, given, cache_dir)
         others = ask if ask.fraction is None else replace(ask, at_least_bytes=plan_.budget_bytes)
         again = functools.partial(transform, budget=others, **graph_options, **options)
-        joint = Rematerialize(solution=plan_.solution)(prepared.captured.joint).graph_module
+        joint = Rematerialize(solution=plan_.solution)(prepared.joint()).graph_module
         parts = partition(joint.graph, joint.meta["fxmem_regions"])
         return assemble(module, prepared.captured, parts, args, kwargs, plan_, again)
 

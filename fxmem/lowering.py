@@ -6,6 +6,7 @@ it again from its base for free. Order is the graph's own. What implementations 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -27,8 +28,11 @@ class Lowered:
     nodes: tuple[fx.Node, ...]
 
 
-def lower(graph_module: fx.GraphModule) -> Lowered:
-    """The Problem of a joint graph that ShapeProp and Costs have annotated."""
+def lower(graph_module: fx.GraphModule, order: Sequence[int] | None = None) -> Lowered:
+    """The Problem of a joint graph that ShapeProp and Costs have annotated.
+
+    order: that of the program's operators, where it is to be another than the graph's.
+    """
     require(graph_module, "fxmem_storages", "ShapeProp")
     infos = graph_module.meta["fxmem_storages"]
     made = [n for n in graph_module.graph.nodes if n.op == "call_function" and not is_view(n, infos)]
@@ -40,6 +44,8 @@ def lower(graph_module: fx.GraphModule) -> Lowered:
     forward_end = sum(not is_backward(n) for n in nodes)
     operators.insert(forward_end, _return_operator(graph_module, infos))
     nodes.insert(forward_end, graph_module.graph.output_node())
+    if order is not None:
+        operators, nodes = [operators[p] for p in order], [nodes[p] for p in order]
     beside = [(n, _dropout_variant(n, o)) for n, o in zip(nodes, operators, strict=True) if "fxmem_variant_cost" in n.meta]
     beside += _offers(made, {n: p for p, n in enumerate(nodes)}, operators, infos, written, returned)
     problem = Problem(

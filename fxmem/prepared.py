@@ -6,6 +6,7 @@ import copy
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from .capture import Capture, capture
 from .cost import CostModel, OpCall, cost_model, workspace_bytes
 from .decisions import Origin, Plan
 from .lowering import Lowered, lower
+from .order import Order
 from .passes import (
     Costs,
     Liveness,
@@ -27,11 +29,13 @@ from .passes import (
     OfferImplementations,
     OwnGradients,
     Pass,
+    Reorder,
     RewriteParts,
     ShapeProp,
     SplitConvolutions,
     UpdateBuffers,
 )
+from .passes.reorder import better_order
 from .progress import detail, phase
 from .schedule import Schedule
 from .solvers import Solution
@@ -46,7 +50,7 @@ CUDA_ALIGNMENT_BYTES = 512  # the caching allocator's granularity
 class Prepared:
     """One capture, costed by one model. device: None where all tensors were on meta. seconds: what all of it took.
     origin: what plans made of it hold for. rewritten: the same step with parts of it written otherwise, where implementations
-    offer that.
+    offer that. order: that of the operators, where it is not the graph's own (see `Reorder`).
     """
 
     model: str
@@ -58,11 +62,26 @@ class Prepared:
     seconds: float
     origin: Origin
     rewritten: Prepared | None = None
+    order: Order | None = None
 
-    @property
+    @cached_property
     def programs(self) -> tuple[Prepared, ...]:
         """The ways to write the step, the plain one first."""
-        return (self, self.rewritten) if self.rewritten else (self,)
+        written = (self, self.rewritten) if self.rewritten else (self,)
+        return tuple(program for way in written for program in (way, way.reordered) if program)
+
+    @cached_property
+    def reordered(self) -> Prepared | None:
+        """The same step with the backward in another order, where one needs less memory."""
+        order = better_order(self.lowered)
+        return order and replace(self, lowered=lower(self.captured.joint, order), order=order)
+
+    def joint(self) -> fx.GraphModule:
+        """The joint graph in the order of this program, for good."""
+        if self.order:
+            for graph_pass in (Reorder(self.order), Liveness(), MarkRegions()):
+                graph_pass(self.captured.joint)
+        return self.captured.joint
 
     @property
     def cost(self) -> str:

@@ -12,6 +12,7 @@ MarkRegions     where the chain of regions is cut
 OfferImplementations   other ways to run backward operators, for the solver to choose from
 MarkInplace     which operators may write over an operand
 Costs           seconds and workspace of every node
+Reorder         the backward in an order that needs less memory
 Rematerialize   solves for a budget and writes the graph anew, in place where the schedule says so
 """
 
@@ -25,6 +26,7 @@ from .offer import OfferImplementations
 from .own_gradients import OwnGradients
 from .regions import MarkRegions
 from .rematerialize import Rematerialize
+from .reorder import Reorder
 from .rewrite import RewriteParts
 from .shape_prop import ShapeProp
 from .split_convolutions import SplitConvolutions
@@ -32,5 +34,5 @@ from .update_buffers import UpdateBuffers
 
 __all__ = [
     "Costs", "Liveness", "MarkInplace", "MarkRegions", "MatchEager", "NameNodes", "OfferImplementations", "OwnGradients",
-    "Pass", "Rematerialize", "RewriteParts", "ShapeProp", "SplitConvolutions", "UpdateBuffers",
+    "Pass", "Rematerialize", "Reorder", "RewriteParts", "ShapeProp", "SplitConvolutions", "UpdateBuffers",
 ]  # fmt: skip

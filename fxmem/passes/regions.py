@@ -6,7 +6,7 @@ import re
 
 from torch import fx
 
-from ..graph_meta import is_backward, is_view, module_of, require
+from ..graph_meta import StorageInfo, is_backward, is_view, module_of, require
 from .base import Pass
 
 LARGEST_SHARE = 1 / 6  # a module with a larger share of the forward operators is cut at its children
@@ -24,7 +24,8 @@ class MarkRegions(Pass):
     def apply(self, graph_module: fx.GraphModule) -> bool:
         require(graph_module, "fxmem_storages", "ShapeProp")
         infos = graph_module.meta["fxmem_storages"]
-        nodes = [n for n in graph_module.graph.nodes if n.op == "call_function" and not is_view(n, infos)]
+        made = [n for n in graph_module.graph.nodes if n.op == "call_function" and not is_view(n, infos)]
+        nodes = [n for n in made if "fxmem_offers" not in n.meta]
         forward = [n for n in nodes if not is_backward(n)]
         backward = [n for n in nodes if is_backward(n)]
         groups = _groups([module_of(n) for n in forward])
@@ -32,9 +33,23 @@ class MarkRegions(Pass):
             for node in forward[start:stop]:
                 node.meta["fxmem_region"] = region
         _mark_backward(forward, backward, len(groups))
+        _mark_offers([n for n in made if "fxmem_offers" in n.meta], infos)
         paths = [[module_of(n) for n in forward[start:stop]] for start, stop in groups]
         graph_module.meta["fxmem_regions"] = _names(paths)
         return False
+
+
+def _mark_offers(offers: list[fx.Node], infos: tuple[StorageInfo, ...]) -> None:
+    """What stands beside the program is of the region of the operator that it stands for, or whose results it encodes."""
+    for node in offers:
+        shown = node.meta["fxmem_storages"] if "fxmem_stands_for" in node.meta else _read(node)
+        makers = [infos[s].node for s in shown if infos[s].node.op == "call_function"]
+        if makers:
+            node.meta["fxmem_region"] = makers[0].meta["fxmem_region"]
+
+
+def _read(node: fx.Node) -> list[int]:
+    return [s for n in node.all_input_nodes for s in n.meta["fxmem_storages"]]
 
 
 def _groups(paths: list[str]) -> list[tuple[int, int]]:
