@@ -36,8 +36,10 @@ def draw(rows: list[dict], folder: pathlib.Path = FOLDER) -> Iterator[pathlib.Pa
     from matplotlib.figure import Figure
 
     folder.mkdir(parents=True, exist_ok=True)
+    rows = [row for row in rows if row["bytes"] is not None]
     figures = {f"lecture-{network.lower()}": _network(Figure, rows, network) for network in names_of(rows, "network")}
-    figures["lecture-planning"] = _planning(Figure, rows)
+    if rows:
+        figures["lecture-planning"] = _planning(Figure, rows)
     for name, figure in figures.items():
         path = folder / f"{name}.png"
         figure.savefig(path, dpi=100, metadata={"Software": None})

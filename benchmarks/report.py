@@ -6,8 +6,16 @@ import json
 import pathlib
 from collections.abc import Iterable
 
+from .lecture_pictures import names_of
 from .results import FOLDER, Results, load, stored_rows
-from .tables import full_markdown, implementations_markdown, readme_markdown, solvers_markdown, static_markdown
+from .tables import (
+    full_markdown,
+    implementations_markdown,
+    lecture_markdown,
+    readme_markdown,
+    solvers_markdown,
+    static_markdown,
+)
 
 ROOT = pathlib.Path(__file__).parent.parent
 END = "<!-- results: end -->"
@@ -45,11 +53,14 @@ def pages() -> dict[pathlib.Path, str]:
     for part in ("table", "speed", "models", "monet"):
         other = with_tables(other, f"benchmarks.implementations, {part}", [implementations_markdown(found, part)])
     page = with_tables(benchmarks.read_text(), "benchmarks.step", map(full_markdown, steps))
+    lecture, memory_page = stored_rows(FOLDER / "lecture.json"), memory.read_text()
+    memory_page = with_tables(memory_page, "benchmarks.static", [static_markdown(stored_rows(FOLDER / "static.json"))])
+    networks = [lecture_markdown(lecture, network) for network in names_of(lecture, "network")]
     return {
         readme: with_tables(readme.read_text(), "benchmarks.step", map(readme_markdown, steps)),
         benchmarks: with_tables(page, "benchmarks.solvers", [solvers_markdown(solver_rows())]),
         implementations: other,
-        memory: with_tables(memory.read_text(), "benchmarks.static", [static_markdown(stored_rows(FOLDER / "static.json"))]),
+        memory: with_tables(memory_page, "benchmarks.lecture", networks),
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .lecture_pictures import exponent, names_of
 from .results import Results, Row
 
 COLUMNS = (
@@ -63,6 +64,24 @@ def static_markdown(rows: list[dict]) -> str:
         cells = [row[key] for key in ("instance", "intervals", "capacity", "max_live_bytes", "arena_bytes", "status", "nodes")]
         lines.append(["" if cell is None else str(cell) for cell in (*cells, f"{row['seconds']:.1f}", others)])
     return _markdown("", titles, lines).lstrip()
+
+
+def lecture_markdown(rows: list[dict], network: str) -> str:
+    """Of one network, a row for each depth: MB by each method, with the extra time where there is any; then the exponents."""
+    methods = names_of(rows, "method")
+    found = {(r["depth"], r["method"]): r for r in rows if r["network"] == network}
+    depths = sorted({depth for depth, _ in found})
+    lines = [[str(depth), *(_grown(found.get((depth, method))) for method in methods)] for depth in depths]
+    slopes = (exponent(rows, network, method) for method in methods)
+    lines.append(["grows as", *("" if slope is None else f"depth^{slope:.2f}" for slope in slopes)])
+    return _markdown("", [network, *methods], lines).lstrip()
+
+
+def _grown(row: dict | None) -> str:
+    if row is None or row["bytes"] is None:
+        return "" if row is None else row["outcome"]
+    extra = f", {_percent(row['extra_time'])} %" if row["extra_time"] else ""
+    return f"{_megabytes(row['bytes'])}{extra}"
 
 
 def implementations_markdown(rows: list[dict], part: str) -> str:
