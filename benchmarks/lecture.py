@@ -7,8 +7,8 @@ at the least peak that it reaches, and fxmem: the least peak at the extra time o
 
 Bytes are those of what the step makes and drops again: parameters, inputs, gradients of parameters and outputs, which no
 method can do without, are left out, and so are workspaces. Each network has a process of its own, stopped at `--limit`
-seconds; rows are stored in benchmarks/results/lecture.json as they are ready, and what is stored is not done again without
-`--again`. At the end the figures are drawn (`--draw`: that alone). `--quick` plans networks of a few layers.
+seconds; rows are stored in benchmarks/results/lecture.json as they are ready, and what is stored with a figure is not done
+again without `--again`. At the end the figures are drawn (`--draw`: that alone). `--quick` plans networks of a few layers.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ def _save(row: Row, path: pathlib.Path) -> None:
 
 
 def _missing(network: str, depth: int, path: pathlib.Path) -> list[str]:
-    stored = {r["method"] for r in stored_rows(path) if (r["network"], r["depth"]) == (network, depth)}
+    stored = {r["method"] for r in stored_rows(path) if (r["network"], r["depth"], r["outcome"]) == (network, depth, "ok")}
     return [method for method in METHODS if method not in stored]
 
 
@@ -178,7 +178,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--networks", default=",".join(FAMILIES), help="comma-separated (all: %(default)s)")
     parser.add_argument("--device", default="P100", help="the roofline that networks are planned with (%(default)s)")
     parser.add_argument("--time-limit", type=float, default=60.0, help="seconds for each of fxmem's plans (%(default)s)")
-    parser.add_argument("--limit", type=float, default=900.0, help="seconds for all of one network (%(default)s)")
+    parser.add_argument("--limit", type=float, default=3600.0, help="seconds for all of one network (%(default)s)")
     parser.add_argument("--again", action="store_true", help="do what is stored already, too")
     parser.add_argument("--quick", action="store_true", help="a few layers and steps")
     parser.add_argument("--draw", action="store_true", help="draw what is stored, and nothing else")

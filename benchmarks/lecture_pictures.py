@@ -48,7 +48,7 @@ def draw(rows: list[dict], folder: pathlib.Path = FOLDER) -> Iterator[pathlib.Pa
 
 def _network(figure_class: type, rows: list[dict], network: str):
     """Two axes: bytes and extra time."""
-    figure = figure_class(figsize=(10, 4.5), layout="constrained")
+    figure = figure_class(figsize=(10, 5), layout="constrained")
     memory, extra = figure.subplots(1, 2)
     for number, method in enumerate(names_of(rows, "method")):
         depths, sizes = series(rows, network, method, "bytes")
@@ -58,19 +58,22 @@ def _network(figure_class: type, rows: list[dict], network: str):
         memory.plot(depths, [size / 1e6 for size in sizes], label=label, **style)
         depths, times = series(rows, network, method, "extra_time")
         if any(times):
-            extra.plot(depths, [100 * t for t in times], label=method, **style)
+            extra.plot(depths, [100 * t for t in times], **style)
     memory.set(xscale="log", yscale="log", xlabel="layers" if network == "ResNet" else "steps", ylabel="MB made and dropped")
     extra.set(xscale="log", xlabel=memory.get_xlabel(), ylabel="extra time (%)", ylim=(0, None))
     memory.set_title(f"{network}: memory of a training step")
+    figure.legend(*memory.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
+    depths = sorted({row["depth"] for row in rows if row["network"] == network})
     for axes in (memory, extra):
-        axes.legend(fontsize=8)
         axes.grid(alpha=0.3)
+        axes.set_xticks(depths, map(str, depths))
+        axes.minorticks_off()
     return figure
 
 
 def _planning(figure_class: type, rows: list[dict]):
     """Seconds against the number of operators: everything before the solvers, and each plan."""
-    figure = figure_class(figsize=(6, 4.5), layout="constrained")
+    figure = figure_class(figsize=(7, 5), layout="constrained")
     axes = figure.subplots()
     for number, method in enumerate(m for m in names_of(rows, "method") if m.startswith(("fxmem", "sqrt", "recursive"))):
         for network, marker in zip(names_of(rows, "network"), "os^", strict=False):

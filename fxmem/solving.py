@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -50,10 +51,11 @@ def choose_program(
     """The best of several ways to write one step: which of `problems`, the plain one first, and the Solution of it.
 
     Each is solved, so that the answer is never worse than that of the plain one alone; but where nothing is to be recomputed,
-    or that costs less than another way of writing, the plain one is taken at once. Extra times are over the plain one's step.
+    or that costs less than another way of writing, the plain one is taken at once. Each may take half of the time that is left,
+    the last all of it. Extra times are over the plain one's step.
     starts: schedules to begin from, by problem. Raises InfeasibleBudgetError where none of them fits.
     """
-    found, errors = {}, []
+    found, errors, deadline = {}, [], time.monotonic() + time_limit_s
     for number, problem in enumerate(problems):
         slower = _slower(problem, problems[0])
         wanted = budget
@@ -65,7 +67,9 @@ def choose_program(
                 continue
         try:
             known = (starts or {}).get(number, ())
-            solution = choose(problem, wanted, plain_peak_bytes, solver, time_limit_s / len(problems), known)
+            left_s = max(0.0, deadline - time.monotonic())
+            share_s = left_s if number == len(problems) - 1 else left_s / 2
+            solution = choose(problem, wanted, plain_peak_bytes, solver, share_s, known)
         except InfeasibleBudgetError as error:
             errors.append(error)
             continue
