@@ -14,7 +14,7 @@ import json
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -100,13 +100,17 @@ def table() -> Iterator[dict]:
         yield {
             "part": "table",
             "name": name,
-            "serves": [str(target).removesuffix(".default") for target in implementation.serves],
+            "serves": ["pointwise operators again"] if implementation.forward else _names(implementation.serves),
             "keeps": (implementation.choose.__doc__ or "").strip().split("\n")[0],
             "exactness": implementation.exactness,
             "is_bitwise": found.is_bitwise,
             "error": found.error,
             "plain_error": found.plain_error,
         }
+
+
+def _names(targets: Iterable[Any]) -> list[str]:
+    return [str(target).removesuffix(".default") for target in targets]
 
 
 def speed() -> Iterator[dict]:
