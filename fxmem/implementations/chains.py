@@ -122,8 +122,8 @@ def _is_read_elsewhere(value: fx.Node) -> bool:
 def _is_exact(calls: Collection[Call], value: torch.Tensor) -> bool:
     """Whether the kernel rounds as the operators do: each rounds once, and none is contracted with another.
 
-    On a CPU, contraction is for the kernel's own compiler to say. On a GPU a product is contracted with a sum, and batch norm is
-    a library's.
+    On a CPU, contraction is for the kernel's own compiler to say. On a GPU a product is contracted with a sum, and batch norm
+    is a library's.
     """
     targets = {call.target for call in calls}
     norms, sums = batch_norm_again in targets, not targets.isdisjoint(SUMS)
