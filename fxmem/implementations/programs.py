@@ -107,12 +107,15 @@ def _chain(operands: Sequence[torch.Tensor], program: str, exact: bool) -> torch
     device = operands[0].device
     key = (program, exact, device, *((o.dtype, o.dim()) for o in operands))
     if key not in _trusted:
-        _trusted[key] = generates_code(device) and _is_right(program, exact, operands)
+        _trusted[key] = _is_right(program, exact, operands)
     return _generated(program)(*operands) if _trusted[key] else _in_pieces(program, operands)
 
 
 def _is_right(program: str, exact: bool, operands: Sequence[torch.Tensor]) -> bool:
     """Whether a kernel can be made, and, where the bits matter, gives those of the operators one by one."""
+    if not generates_code(operands[0].device):
+        log.warning("%s runs operator by operator: there is neither a C++ compiler nor Triton to generate code with", program)
+        return False
     try:
         if not exact:
             _generated(program)(*operands)
