@@ -52,10 +52,26 @@ class TiedHead(nn.Module):
         return (pixels + self.table(indices)) @ self.table.weight.t()
 
 
+class Residual(nn.Module):
+    """What a residual block does between two convolutions."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.one, self.two = nn.BatchNorm2d(channels), nn.BatchNorm2d(channels)
+
+    def forward(self, x):
+        return torch.relu(self.two(x.clamp(-3, 3)) + torch.relu(self.one(x)))
+
+
+WIDE = 6000  # channels: chains of small tensors are not worth a compiler's time
 CASES: dict[str, Callable[[], nn.Module]] = {
     "layer_norm_output": lambda: Between(nn.Tanh(), LayerNorm(), nn.SiLU()),
     "group_norm_output": lambda: Between(nn.Tanh(), nn.GroupNorm(2, 4, affine=False), nn.SiLU()),
     "batch_norm_output": lambda: Between(nn.Tanh(), nn.BatchNorm2d(4, affine=False), nn.SiLU(), nn.InstanceNorm2d(4)),
+    "chain": lambda: Between(Residual(WIDE), channels=WIDE),
+    "chain_accurate": lambda: Between(
+        nn.GroupNorm(8, WIDE), nn.SiLU(), nn.Tanh(), LayerNorm(), nn.SiLU(), nn.Tanh(), channels=WIDE
+    ),
     "chunked_cross_entropy": lambda: Between(CrossEntropy()),
     "batch_norm_statistics": lambda: Between(
         nn.Tanh(), nn.BatchNorm2d(4), nn.SiLU(), nn.BatchNorm2d(4, affine=False), nn.SiLU()

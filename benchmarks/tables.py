@@ -95,7 +95,7 @@ def implementations_markdown(rows: list[dict], part: str) -> str:
             for r in found
         ]  # fmt: skip
     elif part == "speed":
-        titles, cells = ["", "GB/s"], [[f"`{r['name']}`", f"{r['gb_per_s']:.1f}"] for r in found]
+        titles, cells = ["", "device", "GB/s"], [[f"`{r['name']}`", r["device"], f"{r['gb_per_s']:.1f}"] for r in found]
     else:
         titles = ["model", "device", "budget", "way", "peak, of plain", "extra time, %", "bound, %"]
         titles += ["measured peak, of plain", "measured, %"] if part == "models" else ["MONeT, %"]

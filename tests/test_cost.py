@@ -64,6 +64,27 @@ def node_of(call):
             2 * 2 * 2 * 3 * 16 * 16 * 8,
             4 * (4 * 2 * 3 * 16 * 8 + 2 * 3 * 16),
         ),
+        *(  # 192 numbers in 4 channels: in training they are read for the statistics, and once more
+            (
+                aten._native_batch_norm_legit_functional.default,
+                (rand(3, 4, 4, 4), *(rand(4) for _ in range(4)), training, 0.1, 1e-5),
+                192,
+                4 * (192 * (3 if training else 2) + (8 if training else 4) * 4 + (0 if training else 4 * 2)),
+            )
+            for training in (True, False)
+        ),
+        (
+            aten.native_batch_norm_backward.default,
+            (rand(3, 4, 4, 4), rand(3, 4, 4, 4), *(rand(4) for _ in range(5)), True, 1e-5, [True, True, True]),
+            192,
+            4 * (192 * 5 + 7 * 4),
+        ),
+        (
+            aten.native_group_norm.default,
+            (rand(3, 4, 4, 4), rand(4), rand(4), 3, 4, 16, 2, 1e-5),
+            192,
+            4 * (192 * 3 + 2 * 4 + 2 * 6),
+        ),
     ],
 )
 def test_operations_and_traffic(target, args, expected_flops, expected_bytes):

@@ -13,7 +13,7 @@ from fxmem.solvers.annealing import Run, anneal
 from fxmem.solvers.bound import hint
 from fxmem.solvers.moves import Moves
 from fxmem.solvers.packing import pack
-from fxmem.solvers.stages import compile_problem
+from fxmem.solvers.stages import compile_problem, members
 from fxmem.solvers.state import State
 
 
@@ -92,3 +92,21 @@ def test_long_walks_stay_exact():
             assert (fresh.live, fresh.live_bytes, fresh.peak_bytes) == (state.live, state.live_bytes, state.peak_bytes)
             assert (fresh.forward_bytes, fresh.excess_bytes) == (state.forward_bytes, state.excess_bytes)
             assert fresh.time_s == pytest.approx(state.time_s)
+
+
+def test_what_does_not_fit_is_packed_until_it_does():
+    problem = load_instance("unet_8")
+    compiled, budget_bytes = compile_problem(problem), budget_of(problem, 0.4)
+    state = State(compiled, budget_bytes, list(hint(compiled, budget_bytes, math.inf)))
+    assert state.excess_bytes
+    assert not pack(state, Moves(compiled, Random(0)))
+    assert simulate(problem, state.schedule()).peak_bytes == state.worst_bytes <= budget_bytes
+
+
+def test_the_systematic_evictions_are_each_gap_of_each_carried_storage_once(rough):
+    moves, gaps = Moves(rough.compiled, Random(0)), []
+    for wishes in moves.all_evictions(rough):
+        (bit,) = {rough.desired[t] & ~bits for t, bits in wishes.items()} - {0}
+        gaps += [(t, bit) for t in wishes if rough.live[t] & ~rough.touched[t] & bit]
+    idle = [(t, 1 << k) for t in range(moves.stage_count) for k in members(rough.live[t] & ~rough.touched[t] & moves.free)]
+    assert sorted(gaps) == sorted(idle) and len(idle) > 100

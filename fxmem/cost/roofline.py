@@ -20,6 +20,14 @@ aten = torch.ops.aten
 ALLOCATIONS = {aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided}
 LOOKUPS = {aten.embedding, aten.index, aten.index_select, aten.gather}  # read as much of their table as they return
 CONVOLUTIONS = {aten.convolution, aten.convolution_backward, aten._convolution, aten.cudnn_convolution}
+READ_TWICE: dict[object, int] = {  # how many operands are reduced first, over more than a cache holds, and then read again
+    aten._native_batch_norm_legit_functional: 1,
+    aten._native_batch_norm_legit: 1,
+    aten.native_batch_norm_backward: 2,
+    aten.native_group_norm: 1,
+    aten.native_group_norm_backward: 2,
+}
+TRAINING = {aten._native_batch_norm_legit_functional: 5, aten._native_batch_norm_legit: 5, aten.native_batch_norm_backward: 7}
 PARTS: dict[object, Callable[[OpCall], Iterable[OpCall]]] = {}  # for operators made of others: those, whose times add up
 
 
@@ -67,9 +75,17 @@ def flops(call: OpCall) -> int:
 
 
 def moved_bytes(call: OpCall) -> int:
-    """Bytes that `call` reads and writes, each operand once; an expanded dimension is read once."""
+    """Bytes that `call` reads and writes, each operand once (of a norm with its statistics: twice); an expanded dimension is
+    read once."""
     read = [*call.inputs[1:], *call.outputs] if call.packet in LOOKUPS else call.inputs
-    return sum(_touched(t) for t in read) + sum(_touched(t) for t in call.outputs)
+    again = call.inputs[: READ_TWICE.get(call.packet, 0)] if _makes_statistics(call) else []
+    return sum(_touched(t) for t in (*read, *again, *call.outputs))
+
+
+def _makes_statistics(call: OpCall) -> bool:
+    """False for a batch norm that is given them."""
+    place = TRAINING.get(call.packet, len(call.args))
+    return place >= len(call.args) or call.args[place] is not False
 
 
 def _touched(tensor: torch.Tensor) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,31 +71,35 @@ class Rewrite:
     at: fx.Node | None = None
 
 
-Chooser = Callable[[fx.Node], Choice | Rewrite | None]
+Chooser = Callable[[fx.Node], Choice | Rewrite | Sequence[Choice] | None]
 
 
 @dataclass(frozen=True)
 class Implementation:
-    """Another way to write operators' backward, which keeps something else for it.
+    """Another way to write operators' backward, which keeps something else for it; or to run the forward's again.
 
-    name: what users choose it by. serves: targets of the backward nodes that `choose` is asked about; it gives a Choice, a
-    Rewrite, or None where it does not apply. exactness: "bitwise" (gradients are those of the plain operator, bit for bit) or
-    "accurate".
+    name: what users choose it by. serves: targets of the backward nodes (forward: of the forward's) that `choose` is asked
+    about; it gives a Choice, a Rewrite, or None where it does not apply; forward: any number of Choices, which decode.
+    exactness: "bitwise" (gradients are those of the plain operator, bit for bit) or "accurate".
     """
 
     name: str
     serves: tuple[Any, ...]
     exactness: str
     choose: Chooser
+    forward: bool = False
 
 
 IMPLEMENTATIONS: dict[str, Implementation] = {}
 
 
-def register_implementation(name: str, *serves: Any, exactness: str = "bitwise") -> Callable[[Chooser], Chooser]:
+def register_implementation(
+    name: str, *serves: Any, exactness: str = "bitwise", forward: bool = False
+) -> Callable[[Chooser], Chooser]:
     """Decorator for a function that is given a backward node and returns a Choice, a Rewrite, or None where it does not apply.
 
-    serves: targets of the nodes, as in `torch.ops.aten.threshold_backward.default`.
+    serves: targets of the nodes, as in `torch.ops.aten.threshold_backward.default`. forward: it is given nodes of the forward
+        instead, and returns a sequence of Choices, each with a `decode`: other ways to run the node again.
     Raises ImplementationError for an unknown exactness, or a name that another function has.
     """
     if not isinstance(name, str) or not name or name.startswith("-"):
@@ -109,7 +113,7 @@ def register_implementation(name: str, *serves: Any, exactness: str = "bitwise")
         known = IMPLEMENTATIONS.get(name)
         if known is not None and known.choose.__qualname__ != choose.__qualname__:
             raise ImplementationError(f"there is an implementation {name!r} already; give this one another name")
-        IMPLEMENTATIONS[name] = Implementation(name, serves, exactness, choose)
+        IMPLEMENTATIONS[name] = Implementation(name, serves, exactness, choose, forward)
         return choose
 
     return register

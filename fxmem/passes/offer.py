@@ -10,7 +10,7 @@ from torch import fx
 
 from ..errors import ImplementationError
 from ..graph_meta import StorageInfo, is_backward, require, rounded, source_of
-from ..implementations import CODE, Call, Choice, Implementation, Rewrite, choose_implementations
+from ..implementations import CODE, Call, Choice, Implementation, choose_implementations
 from ..torch_internals import pytree
 from .base import Pass, fake_result
 
@@ -31,9 +31,9 @@ class OfferImplementations(Pass):
     def apply(self, graph_module: fx.GraphModule) -> bool:
         require(graph_module, "fxmem_storages", "ShapeProp")
         offers = _Offers(graph_module)
-        for node in [n for n in graph_module.graph.nodes if n.op == "call_function" and is_backward(n)]:
+        for node in [n for n in graph_module.graph.nodes if n.op == "call_function"]:
             for implementation in self.implementations:
-                if node.target in implementation.serves:
+                if node.target in implementation.serves and implementation.forward != is_backward(node):
                     offers.add(implementation, node)
         graph_module.meta["fxmem_storages"] = tuple(offers.infos)
         return offers.added
@@ -57,21 +57,23 @@ class _Offers:
         self.alignment_bytes = graph_module.meta["fxmem_alignment_bytes"]
         self.order = {node: place for place, node in enumerate(self.graph.nodes)}
         self.codes: dict[tuple, fx.Node] = {}
-        self.decoded: set[tuple[fx.Node, fx.Node]] = set()
+        self.decoded: set[tuple] = set()
         self.added = False
 
     def add(self, implementation: Implementation, node: fx.Node) -> None:
         with naming_failures(implementation, node):
-            choice = implementation.choose(node)
-            if choice is not None and not isinstance(choice, Rewrite):
-                self._write(choice, node, implementation)
+            found = implementation.choose(node)
+            for choice in found if isinstance(found, Sequence) else (found,):
+                if isinstance(choice, Choice):
+                    self._write(choice, node, implementation)
 
     def _write(self, choice: Choice, node: fx.Node, implementation: Implementation) -> None:
         if choice.encode and not self._encodes_forward(choice.encode):
             return
         code = self._encoder(choice.encode, implementation) if choice.encode else None
-        if choice.decode and (choice.decoded, code) not in self.decoded:
-            self.decoded.add((choice.decoded, code))
+        decoding = choice.decoded, code, repr(choice.decode)
+        if choice.decode and decoding not in self.decoded:
+            self.decoded.add(decoding)
             self._stand_in(choice.decode, choice.decoded, code, "variant", implementation)
         if choice.backward and self._gradients(choice.backward) == self._gradients(Call(node.target, node.args, node.kwargs)):
             self._stand_in(choice.backward, choice.result or node, code, "alternative", implementation)

@@ -27,7 +27,8 @@ class RewriteParts(Pass):
 
     def __init__(self, names: Sequence[str] | None = None, exactness: str = "bitwise", forward: bool = True):
         super().__init__()
-        self.implementations, self.forward = choose_implementations(names, exactness), forward
+        chosen = choose_implementations(names, exactness)
+        self.implementations, self.forward = [i for i in chosen if not i.forward], forward
 
     def apply(self, graph_module: fx.GraphModule) -> bool:
         count = 0

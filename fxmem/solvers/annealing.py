@@ -66,8 +66,8 @@ def anneal(run: Run, deadline: float = math.inf, progress: Callable[[str], None]
     best.offer(state)
     try:
         best.stopped = not _walk(state, run, moves, best, deadline, progress)
-        if run.packed and best.desired is not None and not best.stopped:
-            state.reset(list(best.desired), run.budget_bytes)
+        if run.packed and not best.stopped:
+            state.reset(list(best.desired or run.desired), run.budget_bytes)
             best.stopped = pack(state, moves, deadline)
             best.offer(state)
     except KeyboardInterrupt:

@@ -51,14 +51,13 @@ class Moves:
 
     def all_evictions(self, state: State) -> Iterator[dict[int, int]]:
         """Each carried storage dropped over each gap between two of its uses."""
-        for k in members(self.free):
-            bit, t = 1 << k, 0
-            while t < self.stage_count:
-                if state.live[t] & bit and not state.touched[t] & bit:
-                    wishes = self._clear_gap(state, t, bit)
-                    yield wishes
-                    t = max(wishes)
-                t += 1
+        found, before = [], 0
+        for t, (live, touched) in enumerate(zip(state.live, state.touched, strict=True)):
+            idle = live & ~touched & self.free
+            found += ((k, t) for k in members(idle & ~before))
+            before = idle
+        for k, t in sorted(found):
+            yield self._clear_gap(state, t, 1 << k)
 
     def all_keeps(self, state: State) -> Iterator[dict[int, int]]:
         """Each output and input of each recompute carried from when it was last alive."""

@@ -1,11 +1,12 @@
-"""Many moves at once: single moves are priced on a state that fits, and an integer program packs the best set of them.
+"""Many moves at once: single moves are priced on a state, and an integer program packs the best set of them that fits.
 
 Annealing finds good patterns for one part of a graph after the other, but seldom the exchange of three of them for five
 others that a tight budget asks for. Here each move is evaluated alone, exactly: the seconds it saves or costs, and the bytes
 it adds or frees at each stage and forward operator. A knapsack with a row for each moment that could run over, and a clique
 for moves that touch the same wish or the same stage's recomputes, chooses among them all (a very large-scale neighbourhood in
 the sense of Ahuja et al. 2002). Moves still interact, so the whole set is evaluated exactly, and taken only if it is better;
-where it needs more bytes than promised, those moments get less room and the program is solved again.
+where it needs more bytes than promised, those moments get less room and the program is solved again. A state that does not
+fit yet has moments with less than no room: the set must free what they lack.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ class Priced:
 
 
 def pack(state: State, moves: Moves, deadline: float = math.inf) -> bool:
-    """Improve a state that fits by sets of moves, until none is found. Whether the deadline (time.monotonic) cut it short."""
+    """Improve a state by sets of moves, until none is found: first to fit, then to take less time. Whether the deadline
+    (time.monotonic) cut it short."""
     for _ in range(MOST_ROUNDS):
         if time.monotonic() > deadline:
             return True
@@ -61,12 +63,12 @@ def _round(state: State, priced: list[Priced], deadline: float) -> bool:
     """Whether a better state was found, which the state then is."""
     if not priced:
         return False
-    knapsack, before_s, chosen = _Knapsack(priced, state.budget_bytes - _moments(state)), state.time_s, []
+    knapsack, before, chosen = _Knapsack(priced, state.budget_bytes - _moments(state)), _rank(state), []
     for _ in range(ATTEMPTS):
         chosen = [priced[j] for j in knapsack.solve(deadline)] or chosen
         for move in chosen:
             _flip(state, move)
-        if not state.excess_bytes and state.time_s < before_s - 1e-12:
+        if not state.excess_bytes and _rank(state) < before:
             state.keep()
             return True
         over = np.maximum(0, _moments(state) - state.budget_bytes)
@@ -79,14 +81,20 @@ def _round(state: State, priced: list[Priced], deadline: float) -> bool:
 
 def _one_by_one(state: State, chosen: list[Priced]) -> bool:
     """Of a set that does not fit as a whole, first what frees bytes, then what saves most time, as far as each fits."""
-    desired, before_s = list(state.desired), state.time_s
+    desired, before = list(state.desired), _rank(state)
     for move in sorted(chosen, key=lambda move: (move.time_s <= 0, move.time_s)):
+        excess_bytes = state.excess_bytes
         _flip(state, move)
-        state.undo() if state.excess_bytes else state.keep()
-    if state.time_s < before_s - 1e-12:
+        state.undo() if state.excess_bytes > excess_bytes else state.keep()
+    if _rank(state) < before:
         return True
     state.reset(desired, state.budget_bytes)
     return False
+
+
+def _rank(state: State) -> tuple[int, float]:
+    """The smaller the better; rounded so that noise is no progress."""
+    return state.excess_bytes, round(state.time_s, 12)
 
 
 def _flip(state: State, move: Priced) -> None:

@@ -1,7 +1,9 @@
-"""Search: rounds of annealing from several seeds, each round from the best of the last.
+"""Search: packing, then rounds of annealing from several seeds, each round from the best of the last.
 
-One seed's result varies by a percentage point. So the first round begins from the advice of the linear relaxation
-(see `bound`), once hot and mostly cool; the next reheat the best so far. Each run ends with packing its best (see `packing`).
+The advice of the linear relaxation (see `bound`) seldom fits, and the best of the starting states is seldom good; packed (see
+`packing`), they are both, and on thousands of operators that is as good as it gets. On a smaller graph annealing finds better
+patterns; one seed's result varies by a percentage point, so it begins from the advice several times, once hot and mostly
+cool, and then reheats the best so far. Each of its runs ends with packing.
 Where nothing fits even so, runs that weigh bytes above all look for the least peak (see `minimum`). Every schedule is judged
 by `simulate`; should it see more bytes than the incremental evaluation did, the budget shrinks by the difference.
 """
@@ -10,6 +12,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterable
 from dataclasses import replace
 
 from ..schedule import simulate
@@ -26,7 +29,8 @@ SEEDS = 2  # of a later round: one for each of two processes
 HOT, WARM, COOL = 5e-3, 1.5e-3, 5e-4  # temperatures at which runs begin, in fractions of the plain time
 REHEATS = (WARM, COOL)  # in turns
 FRESH = ((WARM, 0.05), (COOL, 0.05), (HOT, 0.2), *[(COOL, 0.05)] * 3)  # temperature, and what a byte too many weighs at first
-RUNS_X_STAGES, LEAST_RUNS = 1_500, 2  # as many of FRESH begin a search, by the number of stages
+RUNS_X_STAGES, LEAST_RUNS = 900, 2  # as many of FRESH begin a search, by the number of stages
+MOST_FOR_FRESH = 600  # stages above which annealing from the advice sees too little to beat packing it
 PACKED = 2  # of a round's best, one for each of two processes
 MOST_ROUNDS = 12
 WORTHWHILE = 5e-3  # of the extra time: a round that saves less is idle
@@ -96,7 +100,12 @@ def _rounds(task: Task, compiled: Compiled, budget_bytes: int, pool: Pool, log: 
     """First from the relaxation's advice, several ways; then from the best so far, as long as that saves anything."""
     advice = hint(compiled, budget_bytes, task.deadline)
     fresh = Run(task.problem, budget_bytes, advice, effort(compiled), 0)
-    best = better([first_states(task, compiled, budget_bytes), _round(task, _varied(fresh), pool, log)])
+    first = first_states(task, compiled, budget_bytes)
+    packed = pool.run_all(_packs(fresh, [advice, first.desired or first.smallest]), task.deadline, task.progress)
+    best = better([first, *packed])
+    log.append("search: packed " + ", ".join(_in_percent(task, i) for i in packed))
+    if best.desired is None or len(compiled.stages) <= MOST_FOR_FRESH:
+        best = better([best, _round(task, _varied(fresh), pool, log)])
     if best.desired is None and insist:
         best = squeeze(task, compiled, budget_bytes, best, pool)
     if best.desired is None:
@@ -114,18 +123,25 @@ def _rounds(task: Task, compiled: Compiled, budget_bytes: int, pool: Pool, log: 
 
 def _round(task: Task, runs: list[Run], pool: Pool, log: list[str]) -> Incumbent:
     """The best of some runs when packed, and a line about it in the log."""
-    begin, unit_s = time.monotonic(), task.problem.plain_time_s or 1.0
+    begin = time.monotonic()
     annealed = pool.run_all(runs, task.deadline, task.progress)
     fit = {i.desired: i.time_s for i in annealed if i.desired is not None}
     chosen = [] if any(i.stopped for i in annealed) else sorted(fit, key=fit.__getitem__)[:PACKED]
-    packs = [replace(runs[0], desired=desired, moves=0, packed=True) for desired in chosen]
-    best = better([*annealed, *pool.run_all(packs, task.deadline, task.progress)])
-    now = "nothing that fits"
-    if fit:
-        now = f"extra time {100 * min(fit.values()) / unit_s:.3f} %, packed {100 * best.time_s / unit_s:.3f} %"
+    best = better([*annealed, *pool.run_all(_packs(runs[0], chosen), task.deadline, task.progress)])
     what = f"{runs[0].budget_bytes:,} bytes, {len(runs)} x {runs[0].moves} moves"
+    now = f"{_in_percent(task, better(annealed))}, packed {_in_percent(task, best)}" if fit else "nothing that fits"
     log.append(f"search: {what}: {now}, {time.monotonic() - begin:.1f} s")
     return best
+
+
+def _in_percent(task: Task, incumbent: Incumbent) -> str:
+    if incumbent.desired is None:
+        return "nothing that fits"
+    return f"extra time {100 * incumbent.time_s / (task.problem.plain_time_s or 1.0):.3f} %"
+
+
+def _packs(run: Run, states: Iterable[tuple[int, ...]]) -> list[Run]:
+    return [replace(run, desired=desired, moves=0, packed=True) for desired in states]
 
 
 def _seeds(run: Run) -> list[Run]:
