@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import time
+import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -12,7 +13,12 @@ from .problem import Problem
 from .progress import detail, phase
 from .schedule import Schedule, plain_schedule, simulate
 from .solvers import Solution, frontier, least_peak, solve
+from .solvers.bound import lower_bound
 from .solvers.driver import NEARLY
+from .solvers.stages import compile_problem
+from .solvers.state import least_possible_bytes
+
+WORTH_AN_ORDER = 0.02  # of the least peak, or of the extra time: below that, solving twice finds noise
 
 
 def unsolved(problem: Problem) -> Solution:
@@ -51,24 +57,24 @@ def choose_program(
     """The best of several ways to write one step: which of `problems`, the plain one first, and the Solution of it.
 
     Each is solved, so that the answer is never worse than that of the plain one alone; but where nothing is to be recomputed,
-    or that costs less than another way of writing, the plain one is taken at once. Each may take half of the time that is left,
-    the last all of it. Extra times are over the plain one's step.
+    or that costs less than another way of writing, the plain one is taken at once, and another order of the same operators is
+    solved only where its relaxation promises something. They share the time. Extra times are over the plain one's step.
     starts: schedules to begin from, by problem. Raises InfeasibleBudgetError where none of them fits.
     """
-    found, errors, deadline = {}, [], time.monotonic() + time_limit_s
-    for number, problem in enumerate(problems):
-        slower = _slower(problem, problems[0])
+    found, errors = {}, []
+    size_bytes = None if budget.is_free else budget.resolve(plain_peak_bytes)
+    worth_solving = [0] if budget.is_free else _worth_solving(problems, size_bytes)
+    for number in worth_solving:
+        problem, slower = problems[number], _slower(problems[number], problems[0])
         wanted = budget
-        if number and (budget.is_free or (0 in found and _is_settled(budget, found[0], slower))):
+        if 0 in found and _is_settled(budget, found[0], slower):
             continue
         if budget.max_overhead is not None:
             wanted = replace(budget, max_overhead=(1 + budget.max_overhead) / (1 + slower) - 1)
             if wanted.max_overhead < 0:
                 continue
         try:
-            known = (starts or {}).get(number, ())
-            left_s = max(0.0, deadline - time.monotonic())
-            share_s = left_s if number == len(problems) - 1 else left_s / 2
+            share_s, known = time_limit_s / len(worth_solving), (starts or {}).get(number, ())
             solution = choose(problem, wanted, plain_peak_bytes, solver, share_s, known)
         except InfeasibleBudgetError as error:
             errors.append(error)
@@ -85,9 +91,10 @@ def choose_program(
 def choose_frontier(problems: Sequence[Problem], points: int, time_limit_s: float) -> list[tuple[int, Solution]]:
     """Up to `points` plans of several ways to write one step, the plain one first, from the largest peak to the least."""
     found = []
-    for number, problem in enumerate(problems):
-        slower = _slower(problem, problems[0])
-        solutions = frontier(problem, points, time_limit_s=time_limit_s / len(problems), progress=detail)
+    worth_solving = _worth_solving(problems, None)
+    for number in worth_solving:
+        slower = _slower(problems[number], problems[0])
+        solutions = frontier(problems[number], points, time_limit_s=time_limit_s / len(worth_solving), progress=detail)
         found += [(number, _over_plain(solution, slower)) for solution in solutions]
     kept: list[tuple[int, Solution]] = []
     for number, solution in sorted(found, key=lambda item: _worth(item[1], least=True)):
@@ -106,6 +113,34 @@ def _slower(problem: Problem, plain: Problem) -> float:
 def _is_settled(budget: Budget, plain: Solution, slower: float) -> bool:
     """Whether no plan of a program that is so much slower can be better than that of the plain one."""
     return not budget.least and budget.max_overhead is None and plain.timeline.overhead <= slower
+
+
+def _worth_solving(problems: Sequence[Problem], budget_bytes: int | None) -> list[int]:
+    """All, but for other orders of the same operators that promise nothing."""
+    found: list[int] = []
+    for number, problem in enumerate(problems):
+        same = [problems[n] for n in found if _operators(problems[n]) == _operators(problem)]
+        if all(_promises(problem, other, budget_bytes) for other in same):
+            found.append(number)
+    return found
+
+
+def _operators(problem: Problem) -> Counter:
+    """What runs, in whatever order."""
+    return Counter((o.name, o.inputs, o.outputs, o.time_s) for o in problem.operators)
+
+
+def _promises(problem: Problem, other: Problem, budget_bytes: int | None) -> bool:
+    """Whether one order of a step may be enough better than another one to be worth solving for: that its least possible
+    peak is lower, or, by the linear relaxation, its extra time within a budget."""
+    compiled = compile_problem(problem), compile_problem(other)
+    low, high = (least_possible_bytes(c.problem, c) for c in compiled)
+    if low < high * (1 - WORTH_AN_ORDER):
+        return True
+    if budget_bytes is None:
+        return False
+    bound_s, bound_of_other_s = (lower_bound(c, budget_bytes, math.inf, []) for c in compiled)
+    return bound_s < bound_of_other_s * (1 - WORTH_AN_ORDER)
 
 
 def _over_plain(solution: Solution, slower: float) -> Solution:
