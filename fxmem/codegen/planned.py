@@ -21,6 +21,7 @@ from ..capture import Capture
 from ..errors import CaptureError
 from ..roles import Role
 from ..torch_internals import is_being_traced, pytree, spec_children, spec_from_data, spec_to_data
+from .arena import ArenaPool, Layout
 from .calls import Call, canonical_call
 from .partition import RegionGraphs
 from .runtime import Region
@@ -100,6 +101,12 @@ class PlannedModule(fx.GraphModule):
     def regions(self) -> RegionChain:
         """The chain of regions, in forward order."""
         return self._modules["fxmem_regions"]
+
+    def release_arena(self) -> None:
+        """Let go of the memory of all arenas (those that a step is using, when it is over); the next step allocates anew."""
+        for planned in (self, *self._variants.values()):
+            if planned.regions[0].arenas is not None:
+                planned.regions[0].arenas.release()
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -220,10 +227,15 @@ def assemble(
     kwargs: Mapping[str, Any],
     plan: Any,
     replan: Callable,
+    layout: Layout | None = None,
 ) -> PlannedModule:
-    """The PlannedModule of a captured module, cut into `parts`, called as `source(*args, **kwargs)` (see `canonical_call`)."""
+    """The PlannedModule of a captured module, cut into `parts`, called as `source(*args, **kwargs)` (see `canonical_call`).
+
+    layout: of the arena that its graphs write into; None where they write into none.
+    """
     expected, attached = frozenset(captured.differentiated), frozenset(captured.attached)
-    regions = [Region(part, i, len(parts), expected, attached) for i, part in enumerate(parts)]
+    arenas = [ArenaPool(layout) if layout and layout.slots else None] + [None] * len(parts)
+    regions = [Region(part, i, len(parts), expected, attached, arenas[i]) for i, part in enumerate(parts)]
     chain = RegionChain(regions, captured.constants, captured.out_spec)
     graph = _Outer(source, captured, args, kwargs).build([part.spec for part in parts])
     return PlannedModule(source, graph, chain, plan, Call.of(source, args, kwargs), replan)

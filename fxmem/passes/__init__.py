@@ -13,6 +13,7 @@ OfferImplementations   other ways to run backward operators, for the solver to c
 MarkInplace     which operators may write over an operand
 Costs           seconds and workspace of every node
 Rematerialize   solves for a budget and writes the graph anew, in place where the schedule says so
+PlaceInArena    memory planned ahead, in one block
 """
 
 from .base import Pass
@@ -23,6 +24,7 @@ from .match_eager import MatchEager
 from .names import NameNodes
 from .offer import OfferImplementations
 from .own_gradients import OwnGradients
+from .place_in_arena import PlaceInArena
 from .regions import MarkRegions
 from .rematerialize import Rematerialize
 from .rewrite import RewriteParts
@@ -32,5 +34,5 @@ from .update_buffers import UpdateBuffers
 
 __all__ = [
     "Costs", "Liveness", "MarkInplace", "MarkRegions", "MatchEager", "NameNodes", "OfferImplementations", "OwnGradients",
-    "Pass", "Rematerialize", "RewriteParts", "ShapeProp", "SplitConvolutions", "UpdateBuffers",
+    "Pass", "PlaceInArena", "Rematerialize", "RewriteParts", "ShapeProp", "SplitConvolutions", "UpdateBuffers",
 ]  # fmt: skip

@@ -1,0 +1,150 @@
+"""The forms of operators that write their results where they are told: aten's own, and a few that are put together here.
+
+Most `out` forms of PyTorch compute elsewhere and copy, which takes more memory, not less. Only those with a kernel of their own
+count (`torch_internals.out_overload`). Some operators without one consist of such as have one; these forms are operators of
+fxmem's, and compute the same bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .torch_internals import OpOverload, out_names, out_overload
+
+aten = torch.ops.aten
+_library = torch.library.Library("fxmem", "FRAGMENT")
+
+
+def _define(schema: str, kernel: Callable) -> Any:
+    name = schema.partition("(")[0]
+    _library.define(schema)
+    _library.impl(name, kernel, "CompositeExplicitAutograd")
+    packet, _, overload = name.partition(".")
+    return getattr(getattr(torch.ops.fxmem, packet), overload)
+
+
+def _copy(value: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
+    """What `clone` and `_to_copy` do once they have memory in the wanted type and format."""
+    return out.copy_(value)
+
+
+def _fill(value: float, *, out: torch.Tensor) -> torch.Tensor:
+    return out.fill_(value)
+
+
+def _embedding(weight: torch.Tensor, indices: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
+    torch.index_select(weight, 0, indices.reshape(-1), out=out.view(-1, weight.shape[1]))
+    return out
+
+
+def _dropout(value: torch.Tensor, p: float, *, out: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`native_dropout` on the CPU, which draws the mask by `bernoulli_` and rounds the scale to the values' precision."""
+    mask.bernoulli_(1 - p)
+    return _dropout_apply(value, mask, 1 / (1 - p), out=out), mask
+
+
+def _dropout_apply(value: torch.Tensor, mask: torch.Tensor, scale: float, *, out: torch.Tensor) -> torch.Tensor:
+    """As `fxmem.codegen.operators.dropout_apply` does."""
+    factor = torch.tensor(scale, dtype=value.dtype) if value.device.type == "cpu" else scale
+    return torch.mul(value, mask, out=out).mul_(factor)
+
+
+def _batch_norm(x, weight, bias, mean, variance, training, momentum, eps, *, out, save_mean, save_rstd, new_mean, new_variance):
+    """`_native_batch_norm_legit_functional`: running statistics are copied, and the copies move."""
+    new_mean.copy_(mean)
+    new_variance.copy_(variance)
+    statistics = new_mean, new_variance
+    results = {"out": out, "save_mean": save_mean, "save_invstd": save_rstd}
+    aten._native_batch_norm_legit.out(x, weight, bias, *statistics, training, momentum, eps, **results)
+    return out, save_mean, save_rstd, *statistics
+
+
+copy_out = _define("copy.out(Tensor value, *, Tensor(a!) out) -> Tensor(a!)", _copy)
+fill_out = _define("fill.out(Scalar value, *, Tensor(a!) out) -> Tensor(a!)", _fill)
+embedding_out = _define("embedding.out(Tensor weight, Tensor indices, *, Tensor(a!) out) -> Tensor(a!)", _embedding)
+dropout_out = _define(
+    "dropout.out(Tensor value, float p, *, Tensor(a!) out, Tensor(b!) mask) -> (Tensor(a!), Tensor(b!))", _dropout
+)
+dropout_apply_out = _define(
+    "dropout_apply.out(Tensor value, Tensor mask, float scale, *, Tensor(a!) out) -> Tensor(a!)", _dropout_apply
+)
+batch_norm_out = _define(
+    "batch_norm.out(Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor variance, bool training, float momentum, "
+    "float eps, *, Tensor(a!) out, Tensor(b!) save_mean, Tensor(c!) save_rstd, Tensor(d!) new_mean, Tensor(e!) new_variance) "
+    "-> (Tensor(a!), Tensor(b!), Tensor(c!), Tensor(d!), Tensor(e!))",
+    _batch_norm,
+)
+
+
+@dataclass(frozen=True)
+class OutForm:
+    """How an operator writes where it is told: `target` with these arguments, and one keyword for each result (`names`)."""
+
+    target: OpOverload
+    args: tuple
+    kwargs: dict[str, Any]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return out_names(self.target)
+
+
+Form = Callable[..., tuple | None]  # an operator's arguments -> those of its form, or None where it does not apply
+
+
+def _first(value, *_, **__) -> tuple:
+    return (value,)
+
+
+def _zero(*_, **__) -> tuple:
+    return (0,)
+
+
+def _in_training(value, p, train=None) -> tuple | None:
+    return (value, p) if train is not False and 0 < p < 1 else None
+
+
+def _lookup(weight, indices, *_) -> tuple:
+    return weight, indices
+
+
+def _inference_norm(x, weight, bias, mean, variance, momentum, eps) -> tuple:
+    return x, weight, bias, mean, variance, False, momentum, eps
+
+
+def _same(*args) -> tuple:
+    return args
+
+
+# operator -> (form, its arguments from the operator's, kinds of devices for which the two are the same)
+MADE_UP: dict[Any, tuple[OpOverload, Form, tuple[str, ...]]] = {
+    aten.relu.default: (aten.clamp_min.out, lambda x: (x, 0), ("cpu", "cuda")),
+    aten.add.Scalar: (aten.add.out, _same, ("cpu", "cuda")),
+    aten.sub.Scalar: (aten.sub.out, _same, ("cpu", "cuda")),
+    aten.mul.Scalar: (aten.mul.out, _same, ("cpu", "cuda")),
+    aten.div.Scalar: (aten.div.out, _same, ("cpu", "cuda")),
+    aten.clone.default: (copy_out, _first, ("cpu", "cuda")),
+    aten._to_copy.default: (copy_out, _first, ("cpu", "cuda")),
+    aten.zeros_like.default: (fill_out, _zero, ("cpu", "cuda")),
+    aten.new_zeros.default: (fill_out, _zero, ("cpu", "cuda")),
+    aten.embedding.default: (embedding_out, _lookup, ("cpu",)),
+    aten.native_dropout.default: (dropout_out, _in_training, ("cpu",)),
+    aten._native_batch_norm_legit_functional.default: (batch_norm_out, _same, ("cpu",)),
+    aten._native_batch_norm_legit_no_training.default: (aten._native_batch_norm_legit.out, _inference_norm, ("cpu",)),
+}
+
+
+def out_form(target: Any, args: tuple, kwargs: dict[str, Any], device_type: str) -> OutForm | None:
+    """The form of an operator's call that writes where it is told, by kernels of its own on a kind of device; None without one."""
+    if not isinstance(target, OpOverload):
+        return None
+    if target not in MADE_UP:
+        own = out_overload(target, device_type)
+        return own and OutForm(own, args, kwargs)
+    form, arguments, devices = MADE_UP[target]
+    taken = arguments(*args, **kwargs) if device_type in devices else None
+    return None if taken is None else OutForm(form, taken, {})
