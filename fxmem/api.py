@@ -20,6 +20,7 @@ from .codegen.planned import PlannedModule, assemble, check_names
 from .cost import CostModel
 from .decisions import Frontier, Plan
 from .errors import BudgetError, CaptureError, CostError, InfeasibleBudgetError
+from .inference import plan_inference
 from .passes import PlaceInArena, Rematerialize
 from .planning import Question, decide, given_plan, solve_for
 from .prepared import Prepared, prepare
@@ -99,7 +100,8 @@ def transform(
             PlaceInArena(prepared.lowered, plan_.solution.schedule, limit_bytes)(joint)
             plan_ = replace(plan_, arena=joint.meta["fxmem_arena"])
         parts = partition(joint.graph, joint.meta["fxmem_regions"])
-        return assemble(module, prepared.captured, parts, args, kwargs, plan_, again, joint.meta.get("fxmem_layout"))
+        layout, infer = joint.meta.get("fxmem_layout"), plan_inference if arena else None
+        return assemble(module, prepared.captured, parts, args, kwargs, plan_, again, layout, infer)
 
 
 def plan(

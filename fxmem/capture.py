@@ -66,18 +66,23 @@ class Capture:
 
 
 def capture(
-    module: nn.Module, args: tuple, kwargs: Mapping[str, Any], output_gradients: str | Sequence[int] | None = None
+    module: nn.Module,
+    args: tuple,
+    kwargs: Mapping[str, Any],
+    output_gradients: str | Sequence[int] | None = None,
+    inference: bool = False,
 ) -> Capture:
     """Capture `module` called with `*args, **kwargs` (real, fake or meta tensors) as one joint graph.
 
     output_gradients: which output leaves get a gradient: None (the scalar ones if there is any, else all), "all", or their
         indices. A loss among the outputs is what a step starts from; the other outputs are then only looked at.
+    inference: what runs without gradients is captured: a graph of a forward alone.
     Raises CaptureError, naming node, module and source line, for what cannot be captured rightly.
     """
     kwargs = dict(kwargs)
     _check_state(module)
     _check_devices(module, args, kwargs)
-    with restore_rng():
+    with restore_rng(), torch.inference_mode(False), torch.set_grad_enabled(not inference):
         module, args, kwargs = on_fake_tensors(module, args, kwargs)
         names, input_names = _names(module), _input_names(module, args, kwargs)
         in_spec = pytree.tree_structure((args, kwargs))
@@ -304,7 +309,7 @@ def _detach_outputs(
     nodes = pytree.tree_leaves(output.args)
     tensors = {i: value for i, value in enumerate(values) if isinstance(nodes[i], fx.Node) and isinstance(value, torch.Tensor)}
     attached = tuple(i for i, value in tensors.items() if value.requires_grad)
-    differentiated = _choose_differentiated({i: tensors[i] for i in attached}, wanted)
+    differentiated = () if not torch.is_grad_enabled() else _choose_differentiated({i: tensors[i] for i in attached}, wanted)
     graph, replaced = graph_module.graph, {}
     with graph.inserting_before(output):
         for i, value in tensors.items():

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from .inplace import INPLACE_FORMS, InplaceForm
 from .torch_internals import OpOverload, out_names, out_overload
 
 aten = torch.ops.aten
@@ -24,7 +25,7 @@ def _define(schema: str, kernel: Callable) -> Any:
     _library.define(schema)
     _library.impl(name, kernel, "CompositeExplicitAutograd")
     packet, _, overload = name.partition(".")
-    return getattr(getattr(torch.ops.fxmem, packet), overload)
+    return getattr(getattr(torch.ops.fxmem, packet), overload or "default")
 
 
 def _copy(value: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
@@ -63,6 +64,21 @@ def _batch_norm(x, weight, bias, mean, variance, training, momentum, eps, *, out
     return out, save_mean, save_rstd, *statistics
 
 
+def _normalize(x, weight, bias, mean, variance, eps):
+    """A batch norm that moves no statistics."""
+    return aten._native_batch_norm_legit_no_training(x, weight, bias, mean, variance, 0.0, eps)[0]
+
+
+def _normalize_out(x, weight, bias, mean, variance, eps, *, out):
+    nothing = x.new_empty(0), x.new_empty(0)
+    results = {"out": out, "save_mean": nothing[0], "save_invstd": nothing[1]}
+    return aten._native_batch_norm_legit.out(x, weight, bias, mean, variance, False, 0.0, eps, **results)[0]
+
+
+def _normalize_(x, weight, bias, mean, variance, eps):
+    return _normalize_out(x, weight, bias, mean, variance, eps, out=x)
+
+
 copy_out = _define("copy.out(Tensor value, *, Tensor(a!) out) -> Tensor(a!)", _copy)
 fill_out = _define("fill.out(Scalar value, *, Tensor(a!) out) -> Tensor(a!)", _fill)
 embedding_out = _define("embedding.out(Tensor weight, Tensor indices, *, Tensor(a!) out) -> Tensor(a!)", _embedding)
@@ -78,6 +94,10 @@ batch_norm_out = _define(
     "-> (Tensor(a!), Tensor(b!), Tensor(c!), Tensor(d!), Tensor(e!))",
     _batch_norm,
 )
+_OPERANDS = "Tensor? weight, Tensor? bias, Tensor mean, Tensor variance, float eps"
+normalize = _define(f"normalize(Tensor x, {_OPERANDS}) -> Tensor", _normalize)
+_define(f"normalize.out(Tensor x, {_OPERANDS}, *, Tensor(a!) out) -> Tensor(a!)", _normalize_out)
+INPLACE_FORMS[normalize] = InplaceForm(_define(f"normalize_(Tensor(a!) x, {_OPERANDS}) -> Tensor(a!)", _normalize_))
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import torch
 from torch import fx, nn
 
 from ..capture import Capture
-from ..errors import CaptureError
+from ..errors import CaptureError, FxmemError
 from ..roles import Role
 from ..torch_internals import is_being_traced, pytree, spec_children, spec_from_data, spec_to_data
 from .arena import ArenaPool, Layout
@@ -71,9 +71,18 @@ class OutputStructure(nn.Module):
 class PlannedModule(fx.GraphModule):
     """What `fxmem.transform` returns. `plan` tells what was decided, `regions` holds the chain, `code` shows it."""
 
-    def __init__(self, source: nn.Module, graph: fx.Graph, chain: RegionChain, plan: Any, call: Call, replan: Callable):
+    def __init__(
+        self,
+        source: nn.Module,
+        graph: fx.Graph,
+        chain: RegionChain,
+        plan: Any,
+        call: Call,
+        replan: Callable | None,
+        infer: Callable | None = None,
+    ):
         super().__init__({}, fx.Graph(), type(source).__name__)
-        self.__dict__.update(_source=source, _call=call, _replan=replan, _variants={}, _plan=plan)
+        self.__dict__.update(_source=source, _call=call, _replan=replan, _infer=infer, _variants={}, _plan=plan)
         # One set of tensors for both: what moves or swaps the parameters of one does so for the other.
         self._parameters, self._buffers = source._parameters, source._buffers
         self._non_persistent_buffers_set = source._non_persistent_buffers_set
@@ -104,7 +113,7 @@ class PlannedModule(fx.GraphModule):
 
     def release_arena(self) -> None:
         """Let go of the memory of all arenas (those that a step is using, when it is over); the next step allocates anew."""
-        for planned in (self, *self._variants.values()):
+        for planned in (self, *filter(None, self._variants.values())):
             if planned.regions[0].arenas is not None:
                 planned.regions[0].arenas.release()
 
@@ -122,12 +131,12 @@ class PlannedModule(fx.GraphModule):
             setattr(self._source, name, value)  # another head, say, is one for inference and other plans too
 
     def __call__(self, *args, **kwargs):
-        if is_being_traced(args, kwargs):
+        if is_being_traced(args, kwargs) or self._replan is None:  # a plan of inference, for one kind of call
             return super().__call__(*args, **kwargs)
         self._modules.update(self._source._modules)
         args, kwargs = canonical_call(self._source, args, kwargs)
         if not self._needs_gradients(args, kwargs):
-            return self._plain()(*args, **kwargs)
+            return self._without_gradients(args, kwargs)(*args, **kwargs)
         call = Call.of(self._source, args, kwargs)
         if call.key == self._call.key and (call.autocast == self._call.autocast or self._call.autocast):
             return super().__call__(*args, **kwargs)
@@ -149,6 +158,25 @@ class PlannedModule(fx.GraphModule):
         plain = _Plain(self._source)
         self._share_hooks(plain)
         return plain
+
+    def inference_plan(self, *args: Any, **kwargs: Any) -> Any:
+        """The `Plan` by which a call like this runs without gradients; None where it runs plainly (always, without an arena)."""
+        runs = self._without_gradients(*canonical_call(self._source, args, kwargs))
+        return runs.plan if isinstance(runs, PlannedModule) else None
+
+    def _without_gradients(self, args: tuple, kwargs: dict) -> nn.Module:
+        """With an arena, a plan of a forward alone, made the first time; else the source."""
+        if self._infer is None:
+            return self._plain()
+        call = Call.of(self._source, args, kwargs), "inference"
+        if call not in self._variants:
+            try:
+                self._variants[call] = self._infer(self._source, args, kwargs)
+                self._share_hooks(self._variants[call])
+            except FxmemError as error:
+                log.warning("inference of %s runs without a plan: %s", self._get_name(), error)
+                self._variants[call] = None
+        return self._variants[call] or self._plain()
 
     def _variant(self, call: Call, args: tuple, kwargs: dict) -> nn.Module:
         """A planned module for another kind of call, planned the first time."""
@@ -173,13 +201,13 @@ class PlannedModule(fx.GraphModule):
             "output_structure": spec_to_data(chain.output_structure.spec),
             "graph": graph_to_data(self.graph),
             "hooks": {name: self.__dict__[name] for name in HOOKS if name in self.__dict__},
-            "rest": (self._plan, self._call, self._replan),
+            "rest": (self._plan, self._call, self._replan, self._infer),
         }
 
     def __deepcopy__(self, memo: dict) -> PlannedModule:
         state = self._state()
-        plan, call, replan = state.pop("rest")
-        copied = _rebuild(copy.deepcopy(state, memo) | {"rest": (plan, call, replan)})
+        rest = state.pop("rest")
+        copied = _rebuild(copy.deepcopy(state, memo) | {"rest": rest})
         memo[id(self)] = copied
         return copied
 
@@ -226,19 +254,21 @@ def assemble(
     args: tuple,
     kwargs: Mapping[str, Any],
     plan: Any,
-    replan: Callable,
+    replan: Callable | None,
     layout: Layout | None = None,
+    infer: Callable | None = None,
 ) -> PlannedModule:
     """The PlannedModule of a captured module, cut into `parts`, called as `source(*args, **kwargs)` (see `canonical_call`).
 
-    layout: of the arena that its graphs write into; None where they write into none.
+    layout: of the arena that its graphs write into; None where they write into none. replan, infer: plan other kinds of calls,
+        with gradients and without; a module without the former runs for this kind of call alone.
     """
     expected, attached = frozenset(captured.differentiated), frozenset(captured.attached)
     arenas = [ArenaPool(layout) if layout and layout.slots else None] + [None] * len(parts)
     regions = [Region(part, i, len(parts), expected, attached, arenas[i]) for i, part in enumerate(parts)]
     chain = RegionChain(regions, captured.constants, captured.out_spec)
     graph = _Outer(source, captured, args, kwargs).build([part.spec for part in parts])
-    return PlannedModule(source, graph, chain, plan, Call.of(source, args, kwargs), replan)
+    return PlannedModule(source, graph, chain, plan, Call.of(source, args, kwargs), replan, infer)
 
 
 class _Outer:

@@ -2,11 +2,13 @@
 
 SplitConvolutions   the backward of a convolution as two operators
 NameNodes       names nodes after modules and what they compute
+SingleResults   batch norms of inference as operators that can run in place
 MatchEager      makes a captured joint graph round as the plain module does
 RewriteParts    several operators written as others
 UpdateBuffers   writes buffers where they change
 ShapeProp       fake values and storages of every node
 OwnGradients    gradients in storages of their own
+DropCopies      copies that only tracing makes, taken out of a forward
 Liveness        first and last uses, bytes alive
 MarkRegions     where the chain of regions is cut
 OfferImplementations   other ways to run backward operators, for the solver to choose from
@@ -18,6 +20,7 @@ PlaceInArena    memory planned ahead, in one block
 
 from .base import Pass
 from .costs import Costs
+from .drop_copies import DropCopies
 from .liveness import Liveness
 from .mark_inplace import MarkInplace
 from .match_eager import MatchEager
@@ -29,10 +32,11 @@ from .regions import MarkRegions
 from .rematerialize import Rematerialize
 from .rewrite import RewriteParts
 from .shape_prop import ShapeProp
+from .single_results import SingleResults
 from .split_convolutions import SplitConvolutions
 from .update_buffers import UpdateBuffers
 
 __all__ = [
-    "Costs", "Liveness", "MarkInplace", "MarkRegions", "MatchEager", "NameNodes", "OfferImplementations", "OwnGradients",
-    "Pass", "PlaceInArena", "Rematerialize", "RewriteParts", "ShapeProp", "SplitConvolutions", "UpdateBuffers",
+    "Costs", "DropCopies", "Liveness", "MarkInplace", "MarkRegions", "MatchEager", "NameNodes", "OfferImplementations", "OwnGradients",
+    "Pass", "PlaceInArena", "Rematerialize", "RewriteParts", "ShapeProp", "SingleResults", "SplitConvolutions", "UpdateBuffers",
 ]  # fmt: skip

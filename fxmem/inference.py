@@ -1,0 +1,70 @@
+"""Inference in an arena: a graph of the forward alone, captured without gradients, in which nothing waits for a backward."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from .baseline import eager_timeline
+from .capture import capture
+from .codegen.partition import partition
+from .codegen.planned import PlannedModule, assemble
+from .cost import cost_model
+from .decisions import Plan
+from .lowering import lower
+from .passes import (
+    Costs,
+    DropCopies,
+    Liveness,
+    MarkInplace,
+    MarkRegions,
+    MatchEager,
+    NameNodes,
+    PlaceInArena,
+    Rematerialize,
+    SingleResults,
+    UpdateBuffers,
+)
+from .prepared import device_of, shape_prop, workspace_by
+from .progress import phase
+from .solving import unsolved
+
+
+def plan_inference(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> PlannedModule:
+    """A module that computes what `module(*args, **kwargs)` computes without gradients, its results in an arena.
+
+    Its peak, the arena included, is not above that of the plain module. Arguments in their canonical form; calls of another kind
+    need another plan. Raises CaptureError.
+    """
+    started = time.perf_counter()
+    device = device_of(module, args, kwargs)
+    model = cost_model("roofline", device, anywhere=False)
+    phase("planning inference")
+    captured = capture(module, args, kwargs, inference=True)
+    joint = captured.joint
+    shapes = shape_prop(device)
+    for graph_pass in (NameNodes(), MatchEager(), SingleResults(), UpdateBuffers(), shapes, DropCopies(), shapes):
+        graph_pass(joint)
+    for graph_pass in (Liveness(), MarkRegions(), MarkInplace(), Costs(model)):
+        graph_pass(joint)
+    lowered = lower(joint)
+    solution = unsolved(lowered.problem)
+    baseline = eager_timeline(module, args, dict(kwargs), workspace_by(model), inference=True)
+    Rematerialize(solution=solution)(joint)
+    PlaceInArena(lowered, solution.schedule, baseline.peak_bytes)(joint)
+    plan = Plan(
+        model=type(module).__name__,
+        budget_bytes=None,
+        baseline_peak_bytes=baseline.peak_bytes,
+        baseline_by_kind=baseline.peak_by_kind,
+        problem=lowered.problem,
+        solution=solution,
+        cost=model.name,
+        capture_time_s=time.perf_counter() - started,
+        arena=joint.meta["fxmem_arena"],
+    )
+    parts = partition(joint.graph, joint.meta["fxmem_regions"])
+    return assemble(module, captured, parts, args, kwargs, plan, None, joint.meta["fxmem_layout"])
