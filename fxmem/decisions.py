@@ -11,7 +11,7 @@ from .memory import ArenaPlan
 from .problem import Problem
 from .report.account import account_of_frontier, account_of_plan
 from .report.drawing import draw
-from .report.plots import plot_frontier, plot_schedule, plot_timeline
+from .report.plots import plot_frontier, plot_memory_map, plot_schedule, plot_timeline
 from .report.snapshot import save_snapshot
 from .report.summary import as_html, as_rich, as_text
 from .saving import save_plan
@@ -116,6 +116,11 @@ class Plan:
     def plot_schedule(self, axes=None):
         """Operators over time: kept, run, run in place, run again. matplotlib Axes, drawn into `axes` where given."""
         return plot_schedule(self, axes)
+
+    def plot_memory_map(self, axes=None):
+        """The arena as address over time, coloured by kind; of a plan without one, as all its buffers would lie in one.
+        matplotlib Axes, drawn into `axes` where given."""
+        return plot_memory_map(self, axes)
 
     def draw(self, module: str | None = None, axes=None):
         """The graph of one module ("": of all), coloured by what becomes of each storage. matplotlib Axes.

@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from .baseline import eager_timeline
@@ -39,6 +40,11 @@ def plan_inference(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) ->
     Its peak, the arena included, is not above that of the plain module. Arguments in their canonical form; calls of another kind
     need another plan. Raises CaptureError.
     """
+    with torch.inference_mode(False), torch.no_grad():
+        return _plan(module, args, kwargs)
+
+
+def _plan(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> PlannedModule:
     started = time.perf_counter()
     device = device_of(module, args, kwargs)
     model = cost_model("roofline", device, anywhere=False)

@@ -12,11 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import fx
 
+from .codegen.operators import dropout_apply
 from .inplace import INPLACE_FORMS, InplaceForm
 from .torch_internals import OpOverload, out_names, out_overload
 
 aten = torch.ops.aten
+# They return nothing, as PyTorch's compiler wants it of operators other than its own.
 _library = torch.library.Library("fxmem", "FRAGMENT")
 
 
@@ -28,30 +31,35 @@ def _define(schema: str, kernel: Callable) -> Any:
     return getattr(getattr(torch.ops.fxmem, packet), overload or "default")
 
 
-def _copy(value: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
+def _copy(value: torch.Tensor, *, out: torch.Tensor) -> None:
     """What `clone` and `_to_copy` do once they have memory in the wanted type and format."""
-    return out.copy_(value)
+    out.copy_(value)
 
 
-def _fill(value: float, *, out: torch.Tensor) -> torch.Tensor:
-    return out.fill_(value)
+def _fill(value: float, *, out: torch.Tensor) -> None:
+    out.fill_(value)
 
 
-def _embedding(weight: torch.Tensor, indices: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
+def _embedding(weight: torch.Tensor, indices: torch.Tensor, *, out: torch.Tensor) -> None:
     torch.index_select(weight, 0, indices.reshape(-1), out=out.view(-1, weight.shape[1]))
-    return out
 
 
-def _dropout(value: torch.Tensor, p: float, *, out: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _safe_softmax(value: torch.Tensor, dim: int, *, out: torch.Tensor) -> None:
+    """A softmax, and zeros in rows of minus infinity alone."""
+    aten._softmax.out(value, dim, False, out=out)
+    out.masked_fill_(value.isneginf().all(dim, keepdim=True), 0.0)
+
+
+def _dropout(value: torch.Tensor, p: float, *, out: torch.Tensor, mask: torch.Tensor) -> None:
     """`native_dropout` on the CPU, which draws the mask by `bernoulli_` and rounds the scale to the values' precision."""
     mask.bernoulli_(1 - p)
-    return _dropout_apply(value, mask, 1 / (1 - p), out=out), mask
+    _dropout_apply(value, mask, 1 / (1 - p), out=out)
 
 
-def _dropout_apply(value: torch.Tensor, mask: torch.Tensor, scale: float, *, out: torch.Tensor) -> torch.Tensor:
+def _dropout_apply(value: torch.Tensor, mask: torch.Tensor, scale: float, *, out: torch.Tensor) -> None:
     """As `fxmem.codegen.operators.dropout_apply` does."""
     factor = torch.tensor(scale, dtype=value.dtype) if value.device.type == "cpu" else scale
-    return torch.mul(value, mask, out=out).mul_(factor)
+    torch.mul(value, mask, out=out).mul_(factor)
 
 
 def _batch_norm(x, weight, bias, mean, variance, training, momentum, eps, *, out, save_mean, save_rstd, new_mean, new_variance):
@@ -61,7 +69,6 @@ def _batch_norm(x, weight, bias, mean, variance, training, momentum, eps, *, out
     statistics = new_mean, new_variance
     results = {"out": out, "save_mean": save_mean, "save_invstd": save_rstd}
     aten._native_batch_norm_legit.out(x, weight, bias, *statistics, training, momentum, eps, **results)
-    return out, save_mean, save_rstd, *statistics
 
 
 def _normalize(x, weight, bias, mean, variance, eps):
@@ -70,33 +77,33 @@ def _normalize(x, weight, bias, mean, variance, eps):
 
 
 def _normalize_out(x, weight, bias, mean, variance, eps, *, out):
-    nothing = x.new_empty(0), x.new_empty(0)
-    results = {"out": out, "save_mean": nothing[0], "save_invstd": nothing[1]}
-    return aten._native_batch_norm_legit.out(x, weight, bias, mean, variance, False, 0.0, eps, **results)[0]
+    results = {"out": out, "save_mean": mean.new_empty(0), "save_invstd": mean.new_empty(0)}
+    aten._native_batch_norm_legit.out(x, weight, bias, mean, variance, False, 0.0, eps, **results)
 
 
 def _normalize_(x, weight, bias, mean, variance, eps):
-    return _normalize_out(x, weight, bias, mean, variance, eps, out=x)
+    _normalize_out(x, weight, bias, mean, variance, eps, out=x)
+    return x
 
 
-copy_out = _define("copy.out(Tensor value, *, Tensor(a!) out) -> Tensor(a!)", _copy)
-fill_out = _define("fill.out(Scalar value, *, Tensor(a!) out) -> Tensor(a!)", _fill)
-embedding_out = _define("embedding.out(Tensor weight, Tensor indices, *, Tensor(a!) out) -> Tensor(a!)", _embedding)
+copy_out = _define("copy.out(Tensor value, *, Tensor(a!) out) -> ()", _copy)
+fill_out = _define("fill.out(Scalar value, *, Tensor(a!) out) -> ()", _fill)
+embedding_out = _define("embedding.out(Tensor weight, Tensor indices, *, Tensor(a!) out) -> ()", _embedding)
+safe_softmax_out = _define("safe_softmax.out(Tensor value, int dim, *, Tensor(a!) out) -> ()", _safe_softmax)
 dropout_out = _define(
-    "dropout.out(Tensor value, float p, *, Tensor(a!) out, Tensor(b!) mask) -> (Tensor(a!), Tensor(b!))", _dropout
+    "dropout.out(Tensor value, float p, *, Tensor(a!) out, Tensor(b!) mask) -> ()", _dropout
 )
 dropout_apply_out = _define(
-    "dropout_apply.out(Tensor value, Tensor mask, float scale, *, Tensor(a!) out) -> Tensor(a!)", _dropout_apply
+    "dropout_apply.out(Tensor value, Tensor mask, float scale, *, Tensor(a!) out) -> ()", _dropout_apply
 )
 batch_norm_out = _define(
     "batch_norm.out(Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor variance, bool training, float momentum, "
-    "float eps, *, Tensor(a!) out, Tensor(b!) save_mean, Tensor(c!) save_rstd, Tensor(d!) new_mean, Tensor(e!) new_variance) "
-    "-> (Tensor(a!), Tensor(b!), Tensor(c!), Tensor(d!), Tensor(e!))",
+    "float eps, *, Tensor(a!) out, Tensor(b!) save_mean, Tensor(c!) save_rstd, Tensor(d!) new_mean, Tensor(e!) new_variance) -> ()",
     _batch_norm,
 )
 _OPERANDS = "Tensor? weight, Tensor? bias, Tensor mean, Tensor variance, float eps"
 normalize = _define(f"normalize(Tensor x, {_OPERANDS}) -> Tensor", _normalize)
-_define(f"normalize.out(Tensor x, {_OPERANDS}, *, Tensor(a!) out) -> Tensor(a!)", _normalize_out)
+normalize_out = _define(f"normalize.out(Tensor x, {_OPERANDS}, *, Tensor(a!) out) -> ()", _normalize_out)
 INPLACE_FORMS[normalize] = InplaceForm(_define(f"normalize_(Tensor(a!) x, {_OPERANDS}) -> Tensor(a!)", _normalize_))
 
 
@@ -132,12 +139,22 @@ def _lookup(weight, indices, *_) -> tuple:
     return weight, indices
 
 
+def _in_its_dtype(value, dim, dtype=None) -> tuple | None:
+    return (value, dim) if dtype is None else None
+
+
 def _inference_norm(x, weight, bias, mean, variance, momentum, eps) -> tuple:
     return x, weight, bias, mean, variance, False, momentum, eps
 
 
 def _same(*args) -> tuple:
     return args
+
+
+def _mixed(args: tuple) -> bool:
+    """Whether a batch norm's operand has less precision than its weights: fake tensors then mistake the statistics' type."""
+    types = {(a.meta["val"] if isinstance(a, fx.Node) else a).dtype for a in args if isinstance(a, fx.Node | torch.Tensor)}
+    return len(types) > 1
 
 
 # operator -> (form, its arguments from the operator's, kinds of devices for which the two are the same)
@@ -152,15 +169,24 @@ MADE_UP: dict[Any, tuple[OpOverload, Form, tuple[str, ...]]] = {
     aten.zeros_like.default: (fill_out, _zero, ("cpu", "cuda")),
     aten.new_zeros.default: (fill_out, _zero, ("cpu", "cuda")),
     aten.embedding.default: (embedding_out, _lookup, ("cpu",)),
+    aten._safe_softmax.default: (safe_softmax_out, _in_its_dtype, ("cpu", "cuda")),
+    dropout_apply: (dropout_apply_out, _same, ("cpu", "cuda")),
+    normalize: (normalize_out, _same, ("cpu",)),
     aten.native_dropout.default: (dropout_out, _in_training, ("cpu",)),
     aten._native_batch_norm_legit_functional.default: (batch_norm_out, _same, ("cpu",)),
     aten._native_batch_norm_legit_no_training.default: (aten._native_batch_norm_legit.out, _inference_norm, ("cpu",)),
 }
 
 
+BATCH_NORMS = {
+    aten._native_batch_norm_legit_functional.default, aten._native_batch_norm_legit_no_training.default,
+    aten._native_batch_norm_legit.no_stats,
+}  # fmt: skip
+
+
 def out_form(target: Any, args: tuple, kwargs: dict[str, Any], device_type: str) -> OutForm | None:
     """The form of an operator's call that writes where it is told, by kernels of its own on a kind of device; None without one."""
-    if not isinstance(target, OpOverload):
+    if not isinstance(target, OpOverload) or (target in BATCH_NORMS and _mixed(args)):
         return None
     if target not in MADE_UP:
         own = out_overload(target, device_type)

@@ -19,7 +19,6 @@ memory_viz          from memory snapshots to text and pages           torch.cuda
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import re
 import sys
@@ -324,7 +323,6 @@ def out_overload(operator: OpOverload, device_type: str) -> OpOverload | None:
     return None
 
 
-@functools.cache
 def out_names(operator: OpOverload) -> tuple[str, ...]:
     """The keywords that an operator is told by where to write, in the order of its results."""
     arguments = operator._schema.arguments

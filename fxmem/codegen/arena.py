@@ -15,19 +15,27 @@ from typing import Any
 import torch
 
 from ..errors import ArenaError
-from ..torch_internals import OpOverload, out_names
+from ..torch_internals import OpOverload
 
 log = logging.getLogger(__name__)
+
+MISFITS = {  # what operators say of the memory that they are given
+    "not resizable": "it takes more bytes",
+    "scalar type": "it has another dtype",
+    "can't be cast": "it has another dtype",
+    "dtype": "it has another dtype",
+}
 
 
 @dataclass(frozen=True)
 class Slot:
     """Where one result of an operator lies.
 
-    offset: bytes from the arena's start; None where the allocator serves it. begin, end: the steps of the schedule in which
+    keyword: by which the operator is told. offset: bytes from the arena's start; None where the allocator serves it. begin, end: the steps of the schedule in which
     what lies there is alive, half-open.
     """
 
+    keyword: str
     offset: int | None
     size_bytes: int
     shape: tuple[int, ...]
@@ -56,16 +64,17 @@ class Unplanned:
         slots, tensors = self.layout.slots[node], self._tensors(node)
         addresses = [t.data_ptr() for t in tensors]
         try:
-            made = operator(*args, **kwargs, **dict(zip(out_names(operator), tensors, strict=True)))
+            operator(*args, **kwargs, **{s.keyword: t for s, t in zip(slots, tensors, strict=True)})
         except RuntimeError as error:
-            if "not resizable" not in str(error):
+            told = next((what for text, what in MISFITS.items() if text in str(error)), None)
+            if told is None:
                 raise
-            raise ArenaError(_misfit(node, operator, "it takes more bytes")) from error
+            raise ArenaError(_misfit(node, operator, told)) from error
         for tensor, slot, address in zip(tensors, slots, addresses, strict=True):
             if tensor.shape != slot.shape or tensor.stride() != slot.stride or tensor.data_ptr() != address:
                 lies = f"it has shape {tuple(tensor.shape)} and strides {tensor.stride()}"
                 raise ArenaError(_misfit(node, operator, f"{lies}, planned were {slot.shape} and {slot.stride}"))
-        return made
+        return tensors[0] if len(tensors) == 1 else tensors
 
     def _tensors(self, node: str) -> tuple[torch.Tensor, ...]:
         return tuple(self._fresh(slot) for slot in self.layout.slots[node])
@@ -154,6 +163,8 @@ class ArenaPool:
 
 class Lease:
     """An arena for as long as one forward call's values live: until the end of its backward, or until nobody holds them."""
+
+    _pool: ArenaPool | None = None
 
     def __init__(self, arena: Unplanned, pool: ArenaPool | None):
         self.arena, self._pool = arena, pool

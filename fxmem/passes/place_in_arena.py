@@ -120,8 +120,8 @@ def _placeholder(graph: fx.Graph) -> fx.Node:
 
 
 def _slots(step: int, writer: _Writer, placed: dict[tuple[int, int], Place]) -> Iterator[Slot]:
-    for storage, value in writer.results:
+    for keyword, (storage, value) in zip(writer.form.names, writer.results, strict=True):
         place = placed.get((step, storage))
         begin, end, offset = (place.begin, place.end, place.offset) if place else (step, step + 1, None)
         size_bytes = value.untyped_storage().nbytes()
-        yield Slot(offset, size_bytes, tuple(value.shape), tuple(value.stride()), value.dtype, begin, end)
+        yield Slot(keyword, offset, size_bytes, tuple(value.shape), tuple(value.stride()), value.dtype, begin, end)
