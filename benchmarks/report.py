@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Iterable
 
 from .results import FOLDER, Results, load
-from .tables import full_markdown, implementations_markdown, readme_markdown, solvers_markdown, static_markdown
+from .tables import arena_markdown, full_markdown, implementations_markdown, readme_markdown, solvers_markdown, static_markdown
 
 ROOT = pathlib.Path(__file__).parent.parent
 END = "<!-- results: end -->"
@@ -46,9 +46,14 @@ def static_rows() -> list[dict]:
     return json.loads(path.read_text()) if path.exists() else []
 
 
+def arena_rows() -> list[dict]:
+    path = FOLDER / "arena.json"
+    return json.loads(path.read_text()) if path.exists() else []
+
+
 def pages() -> dict[pathlib.Path, str]:
     """Each page that holds tables, as it should read."""
-    memory = ROOT / "docs" / "memory.md"
+    memory, arena = ROOT / "docs" / "memory.md", ROOT / "docs" / "arena.md"
     steps, readme, benchmarks = stored(), ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
     implementations = ROOT / "docs" / "implementations.md"
     other = implementations.read_text()
@@ -62,6 +67,7 @@ def pages() -> dict[pathlib.Path, str]:
         benchmarks: with_tables(page, "benchmarks.solvers", [solvers_markdown(solver_rows())]),
         implementations: other,
         memory: with_tables(memory.read_text(), "benchmarks.static", [static_markdown(static_rows())]),
+        arena: with_tables(arena.read_text(), "benchmarks.arena", [arena_markdown(arena_rows())]),
     }
 
 

@@ -14,9 +14,10 @@ from torch import nn
 
 from .budget import Budget, parse_budget
 from .capture import example_inputs_of
+from .codegen.assemble import assemble
 from .codegen.calls import canonical_call
 from .codegen.partition import partition
-from .codegen.planned import PlannedModule, assemble, check_names
+from .codegen.planned import PlannedModule, check_names
 from .cost import CostModel
 from .decisions import Frontier, Plan
 from .errors import BudgetError, CaptureError, CostError, InfeasibleBudgetError

@@ -59,7 +59,11 @@ def eager_timeline(
     `module`, its gradients and buffers, and the random number generators are left as they are. Raises MeasureError where no
     output requires grad, and whatever the module raises on fake tensors (data-dependent control flow, mostly).
     """
-    with torch.random.fork_rng(_cuda_devices()), FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.set_grad_enabled(not inference):
+    with (
+        torch.random.fork_rng(_cuda_devices()),
+        FakeTensorMode(allow_non_fake_inputs=True) as mode,
+        torch.set_grad_enabled(not inference),
+    ):
         fakes = _Fakes(mode)
         parameters = {name: fakes.convert(p) for name, p in module.named_parameters()}
         buffers = {name: fakes.convert(b) for name, b in module.named_buffers()}

@@ -13,7 +13,8 @@ from torch import nn
 
 from .codegen.calls import canonical_call
 from .codegen.partition import partition
-from .codegen.planned import PlannedModule, assemble
+from .codegen.assemble import assemble
+from .codegen.planned import PlannedModule
 from .decisions import Plan
 from .errors import ImplementationError
 from .implementations import IMPLEMENTATIONS, choose_implementations

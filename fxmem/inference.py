@@ -11,8 +11,9 @@ from torch import nn
 
 from .baseline import eager_timeline
 from .capture import capture
+from .codegen.assemble import assemble
 from .codegen.partition import partition
-from .codegen.planned import PlannedModule, assemble
+from .codegen.planned import PlannedModule
 from .cost import cost_model
 from .decisions import Plan
 from .lowering import lower
@@ -37,8 +38,8 @@ from .solving import unsolved
 def plan_inference(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> PlannedModule:
     """A module that computes what `module(*args, **kwargs)` computes without gradients, its results in an arena.
 
-    Its peak, the arena included, is not above that of the plain module. Arguments in their canonical form; calls of another kind
-    need another plan. Raises CaptureError.
+    Its peak, the arena included, is not above that of the plain module, or of the graph alone where that is higher. Arguments in
+    their canonical form; calls of another kind need another plan. Raises CaptureError.
     """
     with torch.inference_mode(False), torch.no_grad():
         return _plan(module, args, kwargs)

@@ -90,15 +90,14 @@ copy_out = _define("copy.out(Tensor value, *, Tensor(a!) out) -> ()", _copy)
 fill_out = _define("fill.out(Scalar value, *, Tensor(a!) out) -> ()", _fill)
 embedding_out = _define("embedding.out(Tensor weight, Tensor indices, *, Tensor(a!) out) -> ()", _embedding)
 safe_softmax_out = _define("safe_softmax.out(Tensor value, int dim, *, Tensor(a!) out) -> ()", _safe_softmax)
-dropout_out = _define(
-    "dropout.out(Tensor value, float p, *, Tensor(a!) out, Tensor(b!) mask) -> ()", _dropout
-)
+dropout_out = _define("dropout.out(Tensor value, float p, *, Tensor(a!) out, Tensor(b!) mask) -> ()", _dropout)
 dropout_apply_out = _define(
     "dropout_apply.out(Tensor value, Tensor mask, float scale, *, Tensor(a!) out) -> ()", _dropout_apply
 )
 batch_norm_out = _define(
     "batch_norm.out(Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor variance, bool training, float momentum, "
-    "float eps, *, Tensor(a!) out, Tensor(b!) save_mean, Tensor(c!) save_rstd, Tensor(d!) new_mean, Tensor(e!) new_variance) -> ()",
+    "float eps, *, Tensor(a!) out, Tensor(b!) save_mean, Tensor(c!) save_rstd, Tensor(d!) new_mean, "
+    "Tensor(e!) new_variance) -> ()",
     _batch_norm,
 )
 _OPERANDS = "Tensor? weight, Tensor? bias, Tensor mean, Tensor variance, float eps"
@@ -185,7 +184,7 @@ BATCH_NORMS = {
 
 
 def out_form(target: Any, args: tuple, kwargs: dict[str, Any], device_type: str) -> OutForm | None:
-    """The form of an operator's call that writes where it is told, by kernels of its own on a kind of device; None without one."""
+    """The form of an operator's call that writes where it is told, by kernels of its own on a kind of device, or None."""
     if not isinstance(target, OpOverload) or (target in BATCH_NORMS and _mixed(args)):
         return None
     if target not in MADE_UP:

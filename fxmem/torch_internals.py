@@ -10,7 +10,7 @@ fake tensors, with the strides of the CPU's kernels                   torch._sub
 saved_by_partitioner   what PyTorch itself would keep                 torch._functorch.partitioners
 cpu_memory_events   the CPU allocator's events, by the profiler       kineto_results of torch.autograd.profiler
 TorchDispatchMode, and real tensors inside such modes (real_tensors)   torch.utils._python_dispatch
-storage_key, suggested_format, gradient_layout, fills_its_storage   what kernels and autograd see of tensors    torch._prims_common
+storage_key, suggested_format, gradient_layout, fills_its_storage     torch._prims_common
 convolution_backends   which kernels run a convolution                torch._C
 spec_children, spec_to_data, spec_from_data, rename_node              torch.utils._pytree, torch.fx.Node
 memory_viz          from memory snapshots to text and pages           torch.cuda._memory_viz
@@ -307,8 +307,8 @@ def cpu_memory_events(run: Callable[[], Any]) -> tuple[Any, list[int]]:
 def out_overload(operator: OpOverload, device_type: str) -> OpOverload | None:
     """The overload of `operator` that writes the same results where it is told, by a kernel of its own on a kind of device.
 
-    PyTorch generates an overload with `out` for nearly every operator; most of them compute elsewhere and copy. Those bear a tag,
-    and have no kernel for the device.
+    PyTorch generates an overload with `out` for nearly every operator; most of them compute elsewhere and copy. Those bear a
+    tag, and have no kernel for the device.
     """
     taken = [(a.name, str(a.type)) for a in operator._schema.arguments]
     keys = (device_type.upper(), "CompositeExplicitAutograd")

@@ -93,7 +93,9 @@ def test_every_buffer_has_a_place_or_a_reason():
     _, planned = planned_pair()
     arena, problem = planned.plan.arena, planned.plan.problem
     assert all((p.offset is None) == bool(p.reason) for p in arena.places)
-    made_bytes = sum(problem.storages[s].size_bytes for i in planned.plan.solution.schedule.steps for s in problem.operators[i].outputs)
+    made_bytes = sum(
+        problem.storages[s].size_bytes for i in planned.plan.solution.schedule.steps for s in problem.operators[i].outputs
+    )
     pairs = [pair for pair in planned.plan.solution.timeline.inplace if pair]
     assert sum(p.size_bytes for p in arena.places) == made_bytes - sum(problem.storages[s].size_bytes for _, s in pairs)
     why = {p.operator: p.reason for p in arena.outside}

@@ -20,9 +20,7 @@ matplotlib.use("Agg")
 def chain(sizes, inplace=()):
     """x -> a -> b -> ... -> return; each reads the one before it, and the last is returned."""
     storages = (Storage("x", 10, "input"), *(Storage(f"s{i}", size, "activation") for i, size in enumerate(sizes)))
-    operators = [
-        Operator(f"o{i}", (i,), (i + 1,), inplace=((i, i + 1),) if i in inplace else ()) for i in range(len(sizes))
-    ]
+    operators = [Operator(f"o{i}", (i,), (i + 1,), inplace=((i, i + 1),) if i in inplace else ()) for i in range(len(sizes))]
     operators.append(Operator("return", (len(sizes),), (), recomputable=False))
     return Problem(storages, tuple(operators), len(operators), len(operators), frozenset())
 

@@ -31,8 +31,8 @@ MISFITS = {  # what operators say of the memory that they are given
 class Slot:
     """Where one result of an operator lies.
 
-    keyword: by which the operator is told. offset: bytes from the arena's start; None where the allocator serves it. begin, end: the steps of the schedule in which
-    what lies there is alive, half-open.
+    keyword: by which the operator is told. offset: bytes from the arena's start; None where the allocator serves it.
+    begin, end: the steps of the schedule in which what lies there is alive, half-open.
     """
 
     keyword: str

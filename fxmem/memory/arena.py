@@ -1,8 +1,8 @@
 """Which buffers of a step lie in its arena, where, and why the others do not. No torch.
 
-The arena is there for the whole step, so what it takes at one moment cannot serve others at another: a step in an arena holds the
-arena's bytes and, beside them, the most that lies outside at any moment. Where that is above the limit, buffers are left out
-one after another, at the arena's own fullest moment first, those that the outside has room for.
+The arena is there for the whole step, so what it takes at one moment cannot serve others at another: a step in an arena holds
+the arena's bytes and, beside them, the most that lies outside at any moment. Where that is above the limit, buffers are left
+out one after another, at the arena's own fullest moment first, those that the outside has room for.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ class ArenaPlan:
     def __str__(self) -> str:
         """A table: sums, then a line for each buffer."""
         lines = [
-            f"arena of {self.arena_bytes:,} bytes for {len(self.inside)} of {len(self.places)} buffers, {self.share:.0%} of the "
-            f"bytes; peak with it {self.peak_bytes:,} bytes",
+            f"arena of {self.arena_bytes:,} bytes for {len(self.inside)} of {len(self.places)} buffers, {self.share:.0%} of "
+            f"the bytes; peak with it {self.peak_bytes:,} bytes",
             *(f"  outside: {n} buffers, {size:,} bytes: {why}" for why, (n, size) in self.why_outside().items()),
             "",
             f"{'buffer':<44}{'bytes':>14}{'steps':>14}  where",
@@ -119,9 +119,7 @@ def plan_arena(
     for i, buffer in enumerate(buffers):
         operator = problem.operators[schedule.steps[buffer.users[0]]]
         kind, begin, end = problem.storages[buffer.storages[0]].kind, buffer.users[0], _end(buffer, len(during))
-        places.append(
-            Place(buffer.name, operator.name, kind, buffer.size_bytes, begin, end, offset_of.get(i), why.get(i, ""))
-        )
+        places.append(Place(buffer.name, operator.name, kind, buffer.size_bytes, begin, end, offset_of.get(i), why.get(i, "")))
     return ArenaPlan(tuple(places), plan.arena_bytes, plan.lower_bound_bytes, peak_bytes)
 
 
@@ -170,7 +168,9 @@ class _Balance:
         while self.chosen and int(self.inside.max()) + int(self.outside.max()) > limit_bytes:
             fullest, most = int(self.inside.argmax()), int(self.outside.max())
             alive = [i for i in self.chosen if self.spans[i].start <= fullest < self.spans[i].stop]
-            left = min(alive, key=lambda i: (max(0, int(self.outside[self.spans[i]].max()) + self.bytes[i] - most), -self.bytes[i], i))
+            left = min(
+                alive, key=lambda i: (max(0, int(self.outside[self.spans[i]].max()) + self.bytes[i] - most), -self.bytes[i], i)
+            )
             self.chosen.remove(left)
             self.inside[self.spans[left]] -= self.sizes[left]
             self.outside[self.spans[left]] += self.bytes[left]

@@ -37,6 +37,6 @@ from .split_convolutions import SplitConvolutions
 from .update_buffers import UpdateBuffers
 
 __all__ = [
-    "Costs", "DropCopies", "Liveness", "MarkInplace", "MarkRegions", "MatchEager", "NameNodes", "OfferImplementations", "OwnGradients",
-    "Pass", "PlaceInArena", "Rematerialize", "RewriteParts", "ShapeProp", "SingleResults", "SplitConvolutions", "UpdateBuffers",
+    "Costs", "DropCopies", "Liveness", "MarkInplace", "MarkRegions", "MatchEager", "NameNodes", "OfferImplementations",
+    "OwnGradients", "Pass", "PlaceInArena", "Rematerialize", "RewriteParts", "ShapeProp", "SingleResults", "SplitConvolutions", "UpdateBuffers",
 ]  # fmt: skip

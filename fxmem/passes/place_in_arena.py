@@ -27,7 +27,7 @@ class PlaceInArena(Pass):
 
     lowered, schedule: what `Rematerialize` has emitted the graph for. limit_bytes: what the step's peak is to stay within, the
     arena counted; None for the schedule's own peak.
-    The graph gets a placeholder for the arena, and `arena.write("node", operator, ...)` in the place of such an operator's call.
+    The graph gets a placeholder for the arena, and `arena.write("node", operator, ...)` in the place of the operators' calls.
     The graph module's meta gets "fxmem_arena" (an ArenaPlan) and "fxmem_layout" (a Layout).
     """
 
