@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from .codegen.assemble import assemble
 from .codegen.calls import canonical_call
 from .codegen.partition import partition
-from .codegen.assemble import assemble
 from .codegen.planned import PlannedModule
 from .decisions import Plan
 from .errors import ImplementationError

@@ -38,8 +38,8 @@ from .solving import unsolved
 def plan_inference(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> PlannedModule:
     """A module that computes what `module(*args, **kwargs)` computes without gradients, its results in an arena.
 
-    Its peak, the arena included, is not above that of the plain module, or of the graph alone where that is higher. Arguments in
-    their canonical form; calls of another kind need another plan. Raises CaptureError.
+    Its peak, the arena included, is not above that of the plain module, or of the graph alone where that is higher. Arguments
+    in their canonical form; calls of another kind need another plan. Raises CaptureError.
     """
     with torch.inference_mode(False), torch.no_grad():
         return _plan(module, args, kwargs)

@@ -150,6 +150,10 @@ def _same(*args) -> tuple:
     return args
 
 
+def _unscaled(value, other, alpha=1) -> tuple | None:
+    return (value, other) if alpha == 1 else None
+
+
 def _mixed(args: tuple) -> bool:
     """Whether a batch norm's operand has less precision than its weights: fake tensors then mistake the statistics' type."""
     types = {(a.meta["val"] if isinstance(a, fx.Node) else a).dtype for a in args if isinstance(a, fx.Node | torch.Tensor)}
@@ -159,8 +163,8 @@ def _mixed(args: tuple) -> bool:
 # operator -> (form, its arguments from the operator's, kinds of devices for which the two are the same)
 MADE_UP: dict[Any, tuple[OpOverload, Form, tuple[str, ...]]] = {
     aten.relu.default: (aten.clamp_min.out, lambda x: (x, 0), ("cpu", "cuda")),
-    aten.add.Scalar: (aten.add.out, _same, ("cpu", "cuda")),
-    aten.sub.Scalar: (aten.sub.out, _same, ("cpu", "cuda")),
+    aten.add.Scalar: (aten.add.out, _unscaled, ("cpu", "cuda")),
+    aten.sub.Scalar: (aten.sub.out, _unscaled, ("cpu", "cuda")),
     aten.mul.Scalar: (aten.mul.out, _same, ("cpu", "cuda")),
     aten.div.Scalar: (aten.div.out, _same, ("cpu", "cuda")),
     aten.clone.default: (copy_out, _first, ("cpu", "cuda")),

@@ -114,6 +114,7 @@ def test_what_computes_elsewhere_and_copies_does_not_count(target):
     [
         (aten.native_dropout.default, (X, 0.3, False)),
         (aten.native_dropout.default, (X, 1.0, True)),
+        (aten.add.Scalar, (X, 1.0, 2)),
         (aten._native_batch_norm_legit_functional.default, (X.bfloat16(), *WEIGHTS, True, 0.1, 1e-5)),
     ],
 )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,9 +47,11 @@ class Slot:
 
 @dataclass(frozen=True)
 class Layout:
-    """arena_bytes: of the one allocation. slots: for each node that writes into it, one for each of its results."""
+    """arena_bytes: of the one allocation, on a device of this type. slots: for each node that writes into it, one for each of
+    its results."""
 
     arena_bytes: int
+    device_type: str
     slots: Mapping[str, tuple[Slot, ...]]
 
 
@@ -178,10 +180,12 @@ class Lease:
         self.end()
 
 
-def lend(pool: ArenaPool | None, device: torch.device) -> Lease | None:
-    """A lease from the pool, if there is one; while PyTorch compiles, of no arena, since memory is the compiler's then."""
+def lend(pool: ArenaPool | None, tensors: Iterable[torch.Tensor]) -> Lease | None:
+    """A lease from the pool, if there is one, for the device of the given tensors; while PyTorch compiles, of no arena, since
+    memory is the compiler's then."""
     if pool is None:
         return None
+    device = next(t.device for t in tensors if t.device.type == pool.layout.device_type)
     return Lease(Unplanned(pool.layout, device), None) if torch.compiler.is_compiling() else pool.lend(device)
 
 

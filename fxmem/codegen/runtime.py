@@ -168,7 +168,7 @@ def _precision_as_captured() -> Iterator[None]:
 @fx.wrap
 def run_region(region: Region, *inputs):
     """Run one region of the chain: `inputs` are the tape (but for the first region) and the region's arguments."""
-    tape, arguments = (_tape(region, inputs[0].device), inputs) if region.index == 0 else (inputs[0], inputs[1:])
+    tape, arguments = (_tape(region, inputs), inputs) if region.index == 0 else (inputs[0], inputs[1:])
     token, *outputs = RegionFunction.apply(region, tape, tape.token, *arguments)
     if region.index < region.count - 1:
         tape.token = token
@@ -177,8 +177,8 @@ def run_region(region: Region, *inputs):
     return tuple(outputs)
 
 
-def _tape(region: Region, device: torch.device) -> Tape:
-    return Tape(region.count, device, lend(region.arenas, device))
+def _tape(region: Region, inputs: tuple[torch.Tensor, ...]) -> Tape:
+    return Tape(region.count, inputs[0].device, lend(region.arenas, inputs))
 
 
 class RegionFunction(torch.autograd.Function):

@@ -38,5 +38,6 @@ from .update_buffers import UpdateBuffers
 
 __all__ = [
     "Costs", "DropCopies", "Liveness", "MarkInplace", "MarkRegions", "MatchEager", "NameNodes", "OfferImplementations",
-    "OwnGradients", "Pass", "PlaceInArena", "Rematerialize", "RewriteParts", "ShapeProp", "SingleResults", "SplitConvolutions", "UpdateBuffers",
+    "OwnGradients", "Pass", "PlaceInArena", "Rematerialize", "RewriteParts", "ShapeProp", "SingleResults",
+    "SplitConvolutions", "UpdateBuffers",
 ]  # fmt: skip

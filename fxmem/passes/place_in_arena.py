@@ -39,17 +39,24 @@ class PlaceInArena(Pass):
         require(graph_module, "fxmem_solution", "Rematerialize")
         problem, graph = self.lowered.problem, graph_module.graph
         buffers = buffers_of(problem, self.schedule)
-        writers = {n.meta["fxmem_step"]: self._writer(n) for n in graph.nodes if "fxmem_step" in n.meta}
+        device_type = self._device_type(graph)
+        writers = {n.meta["fxmem_step"]: self._writer(n, device_type) for n in graph.nodes if "fxmem_step" in n.meta}
         reasons = {i: why for i, b in enumerate(buffers) if (why := _reason(b, writers.get(b.users[0])))}
-        device_type = next((w.device_type for w in writers.values()), "cpu")
         plan = plan_arena(problem, self.schedule, reasons, self.limit_bytes, ALIGNMENT_BYTES.get(device_type, 512))
-        layout = Layout(plan.arena_bytes, _rewrite(graph, writers, _placed(buffers, plan)))
+        layout = Layout(plan.arena_bytes, device_type, _rewrite(graph, writers, _placed(buffers, plan)))
         graph_module.meta.update(fxmem_arena=plan, fxmem_layout=layout)
         return bool(layout.slots)
 
-    def _writer(self, node: fx.Node) -> _Writer:
+    def _device_type(self, graph: fx.Graph) -> str:
+        """Where the step runs: "cuda" as soon as one of its arguments is there, since only numbers stay on the CPU then."""
+        found = {
+            device_of(n).type for n in graph.nodes if n.op == "placeholder" and isinstance(n.meta.get("val"), torch.Tensor)
+        }
+        return max(found, default="cpu")
+
+    def _writer(self, node: fx.Node, device_type: str) -> _Writer:
         made = self.lowered.problem.operators[self.schedule.steps[node.meta["fxmem_step"]]].outputs
-        return _Writer.of(node, frozenset(made))
+        return _Writer.of(node, frozenset(made), device_type)
 
 
 @dataclass(frozen=True)
@@ -60,23 +67,23 @@ class _Writer:
     form: OutForm | None
     reason: str
     results: tuple[tuple[int, torch.Tensor], ...]
-    device_type: str
 
     @classmethod
-    def of(cls, node: fx.Node, made: frozenset[int]) -> _Writer:
-        device_type = device_of(node).type
+    def of(cls, node: fx.Node, made: frozenset[int], device_type: str) -> _Writer:
         values = [v for v in pytree.tree_leaves(node.meta["val"]) if isinstance(v, torch.Tensor)]
         results = tuple(zip(node.meta["fxmem_storages"], values, strict=False))
         form = None if "fxmem_inplace_over" in node.meta else out_form(node.target, node.args, node.kwargs, device_type)
         if node.target is replay:
-            return cls(node, None, "it runs again on stored random numbers", results, device_type)
+            return cls(node, None, "it runs again on stored random numbers", results)
         if form is None:
-            return cls(node, None, f"{node.target} has no out kernel of its own on {device_type}", results, device_type)
+            return cls(node, None, f"{node.target} has no out kernel of its own on {device_type}", results)
+        if any(v.device.type != device_type for v in values):
+            return cls(node, None, f"not on {device_type}", results)
         each_has_one = len(values) == len(node.meta["fxmem_storages"])
         results = results[: len(form.names)]
         if not each_has_one or not all(s in made and fills_its_storage(v) for s, v in results):
-            return cls(node, None, f"{node.target} makes results with gaps, or views", results, device_type)
-        return cls(node, form, "", results, device_type)
+            return cls(node, None, f"{node.target} makes results with gaps, or views", results)
+        return cls(node, form, "", results)
 
 
 def _reason(buffer: Buffer, writer: _Writer | None) -> str:
