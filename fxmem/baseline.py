@@ -29,11 +29,13 @@ class EagerTimeline:
 
     peak_bytes, peak_by_kind: at the peak, by "parameter", "buffer", "input" (given output gradients too), "activation"
         (made by the forward), "gradient" (made by the backward) and "workspace".
+    storages_peak_bytes: the most bytes that storages have at any moment, workspaces left out.
     during_bytes[i]: bytes alive while operator i, called op_names[i], runs; the first `num_forward` are the forward's.
     """
 
     peak_bytes: int
     peak_by_kind: dict[str, int]
+    storages_peak_bytes: int
     during_bytes: tuple[int, ...]
     op_names: tuple[str, ...]
     num_forward: int
@@ -156,6 +158,7 @@ class _Ledger(TorchDispatchMode):
         return EagerTimeline(
             peak_bytes=during[peak],
             peak_by_kind=dict(self._records[peak][1]),
+            storages_peak_bytes=max(sum(live.values()) - live["workspace"] for _, live in self._records),
             during_bytes=during,
             op_names=tuple(name for name, _ in self._records),
             num_forward=self._num_forward,

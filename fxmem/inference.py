@@ -61,7 +61,8 @@ def _plan(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> PlannedM
     solution = unsolved(lowered.problem)
     baseline = eager_timeline(module, args, dict(kwargs), workspace_by(model), inference=True)
     Rematerialize(solution=solution)(joint)
-    PlaceInArena(lowered, solution.schedule, baseline.peak_bytes)(joint)
+    # Workspaces are formulas, mostly of more than is taken: they count for the arena, not for what it is held against.
+    PlaceInArena(lowered, solution.schedule, baseline.storages_peak_bytes)(joint)
     plan = Plan(
         model=type(module).__name__,
         budget_bytes=None,

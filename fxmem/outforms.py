@@ -57,9 +57,9 @@ def _dropout(value: torch.Tensor, p: float, *, out: torch.Tensor, mask: torch.Te
 
 
 def _dropout_apply(value: torch.Tensor, mask: torch.Tensor, scale: float, *, out: torch.Tensor) -> None:
-    """As `fxmem.codegen.operators.dropout_apply` does."""
+    """As `fxmem.codegen.operators.dropout_apply` does, but that the mask becomes numbers in the result, and nowhere else."""
     factor = torch.tensor(scale, dtype=value.dtype) if value.device.type == "cpu" else scale
-    torch.mul(value, mask, out=out).mul_(factor)
+    out.copy_(mask).mul_(value).mul_(factor)
 
 
 def _batch_norm(x, weight, bias, mean, variance, training, momentum, eps, *, out, save_mean, save_rstd, new_mean, new_variance):
