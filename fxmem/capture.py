@@ -82,14 +82,14 @@ def capture(
     kwargs = dict(kwargs)
     _check_state(module)
     _check_devices(module, args, kwargs)
-    with restore_rng(), torch.inference_mode(False), torch.set_grad_enabled(not inference):
+    with restore_rng(), torch.no_grad() if inference else contextlib.nullcontext():
         module, args, kwargs = on_fake_tensors(module, args, kwargs)
         names, input_names = _names(module), _input_names(module, args, kwargs)
         in_spec = pytree.tree_structure((args, kwargs))
         graph_module, args, kwargs = _torch_level(module, args, kwargs)
         _add_unused_state(graph_module, module)
         values = _output_values(graph_module, args, kwargs)
-        differentiated, attached = _detach_outputs(graph_module, values, output_gradients)
+        differentiated, attached = _detach_outputs(graph_module, values, output_gradients, inference)
         joint, out_spec = _aot(graph_module, args, kwargs)
     constants, fixed_outputs = assign_roles(joint, graph_module, names, input_names, differentiated)
     return Capture(joint, in_spec, out_spec, differentiated, attached, constants, fixed_outputs, graph_module, (args, kwargs))
@@ -298,7 +298,7 @@ def _refusal(module: nn.Module, error: Exception) -> str:
 
 
 def _detach_outputs(
-    graph_module: fx.GraphModule, values: list[Any], wanted: str | Sequence[int] | None
+    graph_module: fx.GraphModule, values: list[Any], wanted: str | Sequence[int] | None, inference: bool
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Rewrite the outputs so that only the differentiated ones reach autograd; returns (differentiated, attached) leaf indices.
 
@@ -309,7 +309,7 @@ def _detach_outputs(
     nodes = pytree.tree_leaves(output.args)
     tensors = {i: value for i, value in enumerate(values) if isinstance(nodes[i], fx.Node) and isinstance(value, torch.Tensor)}
     attached = tuple(i for i, value in tensors.items() if value.requires_grad)
-    differentiated = () if not torch.is_grad_enabled() else _choose_differentiated({i: tensors[i] for i in attached}, wanted)
+    differentiated = () if inference else _choose_differentiated({i: tensors[i] for i in attached}, wanted)
     graph, replaced = graph_module.graph, {}
     with graph.inserting_before(output):
         for i, value in tensors.items():

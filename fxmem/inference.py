@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -9,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .baseline import eager_timeline
-from .capture import capture
+from .baseline import EagerTimeline, Workspace, eager_timeline
+from .capture import Capture, capture
 from .codegen.assemble import assemble
 from .codegen.partition import partition
 from .codegen.planned import PlannedModule
@@ -59,7 +60,7 @@ def _plan(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> PlannedM
         graph_pass(joint)
     lowered = lower(joint)
     solution = unsolved(lowered.problem)
-    baseline = eager_timeline(module, args, dict(kwargs), workspace_by(model), inference=True)
+    baseline = _baseline(module, args, dict(kwargs), captured, workspace_by(model))
     Rematerialize(solution=solution)(joint)
     # Workspaces are formulas, mostly of more than is taken: they count for the arena, not for what it is held against.
     PlaceInArena(lowered, solution.schedule, baseline.storages_peak_bytes)(joint)
@@ -76,3 +77,16 @@ def _plan(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> PlannedM
     )
     parts = partition(joint.graph, joint.meta["fxmem_regions"])
     return assemble(module, captured, parts, args, kwargs, plan, None, joint.meta["fxmem_layout"])
+
+
+def _baseline(module: nn.Module, args: tuple, kwargs: dict, captured: Capture, workspace: Workspace) -> EagerTimeline:
+    """The plain module's memory, with all that its Python code still refers to; where that does not run on fake tensors, its
+    captured graph's, which is never more."""
+    try:  # a copy, so that what the code notes on the module is not noted twice, and nobody's hooks see fake tensors
+        apart = copy.deepcopy(module, {id(t): t for t in (*module.parameters(), *module.buffers())})
+        for part in apart.modules():
+            part._forward_hooks.clear()
+            part._forward_pre_hooks.clear()
+        return eager_timeline(apart, args, kwargs, workspace, inference=True)
+    except Exception:
+        return eager_timeline(captured.torch_level, *captured.call, workspace, inference=True)
