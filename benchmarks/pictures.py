@@ -8,7 +8,7 @@ from typing import Any
 import fxmem
 from fxmem.report.plots import plot_points
 
-from .models import on_meta, resnet50
+from .models import build, on_meta, resnet50
 from .report import ROOT, solver_rows
 
 FOLDER = ROOT / "docs" / "images"
@@ -35,9 +35,16 @@ def plan() -> fxmem.Plan:
     return fxmem.plan(example.module, example.args, budget=0.5, cost="H100")
 
 
+def arena() -> fxmem.Plan:
+    """A step of ResNet-50 in an arena, at a size that the CPU at hand has no trouble with."""
+    example = build(MODEL, batch=4, size=128)
+    return fxmem.transform(example.module, example.args, arena=True, cost="roofline").plan
+
+
 def main() -> None:
     FOLDER.mkdir(exist_ok=True)
     made = plan()
+    _save(arena().plot_memory_map(), FOLDER / "memory_map.png")
     for name, axes in (("frontier", frontier()), ("timeline", made.plot_timeline()[0]), ("schedule", made.plot_schedule())):
         _save(axes, FOLDER / f"{name}.png")
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from .lecture_pictures import names_of
 from .results import FOLDER, Results, load, stored_rows
 from .tables import (
+    arena_markdown,
     full_markdown,
     implementations_markdown,
     lecture_markdown,
@@ -46,7 +47,7 @@ def solver_rows() -> list[dict]:
 
 def pages() -> dict[pathlib.Path, str]:
     """Each page that holds tables, as it should read."""
-    memory = ROOT / "docs" / "memory.md"
+    memory, arena = ROOT / "docs" / "memory.md", ROOT / "docs" / "arena.md"
     steps, readme, benchmarks = stored(), ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
     implementations = ROOT / "docs" / "implementations.md"
     other, found = implementations.read_text(), stored_rows(FOLDER / "implementations.json")
@@ -61,6 +62,7 @@ def pages() -> dict[pathlib.Path, str]:
         benchmarks: with_tables(page, "benchmarks.solvers", [solvers_markdown(solver_rows())]),
         implementations: other,
         memory: with_tables(memory_page, "benchmarks.lecture", networks),
+        arena: with_tables(arena.read_text(), "benchmarks.arena", [arena_markdown(stored_rows(FOLDER / "arena.json"))]),
     }
 
 

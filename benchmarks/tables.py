@@ -84,6 +84,30 @@ def _grown(row: dict | None) -> str:
     return f"{_megabytes(row['bytes'])}{extra}"
 
 
+def arena_markdown(rows: list[dict]) -> str:
+    """One row for each model and way; megabytes are of 10^6 bytes."""
+    titles = [
+        "model",
+        "step",
+        "way",
+        "measured peak, MB",
+        "arena, MB",
+        "inside",
+        "large allocations",
+        "handed out",
+        "page faults",
+    ]
+    titles += ["resident, MB", "time, of plain", "equal bits"]
+    cells = [
+        [f"{r['model']} ({r['sizes']})" if r["sizes"] else r["model"], r["what"], r["way"], f"{r['peak_bytes'] / 1e6:.1f}",
+         f"{r['arena_bytes'] / 1e6:.1f}", f"{r['share_inside']:.0%}", str(r["large_allocations"]), str(r["handed_out"]),
+         f"{r['page_faults']:.0f}", "" if r["resident_bytes"] is None else f"{r['resident_bytes'] / 1e6:.1f}",
+         f"{r['time_ratio']:.2f}", "yes" if r["equal"] else "no"]
+        for r in rows
+    ]  # fmt: skip
+    return _markdown("", titles, cells).lstrip()
+
+
 def implementations_markdown(rows: list[dict], part: str) -> str:
     """The rows of one part of `benchmarks.implementations`."""
     found = [row for row in rows if row["part"] == part]

@@ -16,7 +16,7 @@ _PLACES = {
     "codegen.planned": ("PlannedModule",),
     "cost": ("CostModel", "OpCost"),
     "errors": (
-        "BudgetError", "CapacityError", "CaptureError", "CostError", "FxmemError", "ImplementationError",
+        "ArenaError", "BudgetError", "CapacityError", "CaptureError", "CostError", "FxmemError", "ImplementationError",
         "InfeasibleBudgetError", "MeasureError", "MissingExtraError", "OffsetError", "PlacementError", "PlanError",
         "ProblemError", "TapeError",
     ),

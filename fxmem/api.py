@@ -14,13 +14,15 @@ from torch import nn
 
 from .budget import Budget, parse_budget
 from .capture import example_inputs_of
+from .codegen.assemble import assemble
 from .codegen.calls import canonical_call
 from .codegen.partition import partition
-from .codegen.planned import PlannedModule, assemble, check_names
+from .codegen.planned import PlannedModule, check_names
 from .cost import CostModel
 from .decisions import Frontier, Plan
 from .errors import BudgetError, CaptureError, CostError, InfeasibleBudgetError
-from .passes import Rematerialize
+from .inference import plan_inference
+from .passes import PlaceInArena, Rematerialize
 from .planning import Question, decide, given_plan, solve_for
 from .prepared import Prepared, prepare
 from .progress import phase, showing
@@ -45,6 +47,7 @@ def transform(
     implementations: Sequence[str] | None = None,
     exactness: str = "bitwise",
     inplace: bool = True,
+    arena: bool = False,
     plan: Plan | str | os.PathLike | None = None,
     cache_dir: str | os.PathLike | None = None,
     progress: bool | None = None,
@@ -64,6 +67,8 @@ def transform(
     implementations: names in `fxmem.implementations.IMPLEMENTATIONS` that the solver may choose from: None (all), or a tuple of
         names; "-name" leaves one out, () leaves all out. exactness: "bitwise", or "accurate" to allow those too whose gradients
         differ in the last bits. inplace: whether results may be written over operands that die.
+    arena: whether results go into planned slices of one allocation that is kept from step to step, where operators can write
+        there; inference, then, has a plan and an arena of its own.
     plan: instead of a budget, a Plan or the file of one (`Plan.save`) for this module and call: nothing is solved, and
         output_gradients, implementations, exactness and inplace are the plan's.
     cache_dir: a folder where plans are kept from run to run; what was planned there before is not solved again (of a CostModel,
@@ -89,10 +94,15 @@ def transform(
         question = Question(ask, cost or _default_cost(module, args, kwargs), solver, time_limit_s, graph_options)
         prepared, plan_ = decide(module, args, kwargs, question, given, cache_dir)
         others = ask if ask.fraction is None else replace(ask, at_least_bytes=plan_.budget_bytes)
-        again = functools.partial(transform, budget=others, **graph_options, **options)
+        again = functools.partial(transform, budget=others, arena=arena, **graph_options, **options)
         joint = Rematerialize(solution=plan_.solution)(prepared.joint()).graph_module
+        if arena:
+            limit_bytes = plan_.budget_bytes or plan_.baseline_peak_bytes
+            PlaceInArena(prepared.lowered, plan_.solution.schedule, limit_bytes)(joint)
+            plan_ = replace(plan_, arena=joint.meta["fxmem_arena"])
         parts = partition(joint.graph, joint.meta["fxmem_regions"])
-        return assemble(module, prepared.captured, parts, args, kwargs, plan_, again)
+        layout, infer = joint.meta.get("fxmem_layout"), plan_inference if arena else None
+        return assemble(module, prepared.captured, parts, args, kwargs, plan_, again, layout, infer)
 
 
 def plan(

@@ -29,11 +29,13 @@ class EagerTimeline:
 
     peak_bytes, peak_by_kind: at the peak, by "parameter", "buffer", "input" (given output gradients too), "activation"
         (made by the forward), "gradient" (made by the backward) and "workspace".
+    storages_peak_bytes: the most bytes that storages have at any moment, workspaces left out.
     during_bytes[i]: bytes alive while operator i, called op_names[i], runs; the first `num_forward` are the forward's.
     """
 
     peak_bytes: int
     peak_by_kind: dict[str, int]
+    storages_peak_bytes: int
     during_bytes: tuple[int, ...]
     op_names: tuple[str, ...]
     num_forward: int
@@ -46,6 +48,7 @@ def eager_timeline(
     workspace: Workspace | None = None,
     output_gradients: Iterable[torch.Tensor] | None = None,
     roots_of: Callable[[Any], list[torch.Tensor]] = backward_roots,
+    inference: bool = False,
 ) -> EagerTimeline:
     """Predict the memory of `module`'s training step as `fxmem.measure` would find it.
 
@@ -53,11 +56,16 @@ def eager_timeline(
     workspace: bytes that an operator takes inside, from (operator, args, kwargs, result); none if not given.
     output_gradients: as for `measure`; ones, alive from the start, where they are not given.
     roots_of: which tensors of the outputs the backward starts from; as for `measure` if not given.
+    inference: whether a forward alone runs, without gradients.
 
     `module`, its gradients and buffers, and the random number generators are left as they are. Raises MeasureError where no
     output requires grad, and whatever the module raises on fake tensors (data-dependent control flow, mostly).
     """
-    with torch.random.fork_rng(_cuda_devices()), FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.enable_grad():
+    with (
+        torch.random.fork_rng(_cuda_devices()),
+        FakeTensorMode(allow_non_fake_inputs=True) as mode,
+        torch.set_grad_enabled(not inference),
+    ):
         fakes = _Fakes(mode)
         parameters = {name: fakes.convert(p) for name, p in module.named_parameters()}
         buffers = {name: fakes.convert(b) for name, b in module.named_buffers()}
@@ -76,8 +84,12 @@ def _run(
 ) -> EagerTimeline:
     """Forward and backward under the ledger's eyes; the outputs that the backward starts from live to the end."""
     with ledger:
-        roots = roots_of(torch.func.functional_call(module, state, *inputs))
+        outputs = torch.func.functional_call(module, state, *inputs)
         ledger.begin_backward()
+        if not torch.is_grad_enabled():
+            return ledger.timeline()
+        roots = roots_of(outputs)
+        del outputs
         if not roots:
             raise MeasureError(f"no output of {type(module).__name__} requires grad, so its training step has no backward")
         gradients = ledger.given_ones(roots) if given is None else given
@@ -146,6 +158,7 @@ class _Ledger(TorchDispatchMode):
         return EagerTimeline(
             peak_bytes=during[peak],
             peak_by_kind=dict(self._records[peak][1]),
+            storages_peak_bytes=max(sum(live.values()) - live["workspace"] for _, live in self._records),
             during_bytes=during,
             op_names=tuple(name for name, _ in self._records),
             num_forward=self._num_forward,

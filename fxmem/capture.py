@@ -66,25 +66,30 @@ class Capture:
 
 
 def capture(
-    module: nn.Module, args: tuple, kwargs: Mapping[str, Any], output_gradients: str | Sequence[int] | None = None
+    module: nn.Module,
+    args: tuple,
+    kwargs: Mapping[str, Any],
+    output_gradients: str | Sequence[int] | None = None,
+    inference: bool = False,
 ) -> Capture:
     """Capture `module` called with `*args, **kwargs` (real, fake or meta tensors) as one joint graph.
 
     output_gradients: which output leaves get a gradient: None (the scalar ones if there is any, else all), "all", or their
         indices. A loss among the outputs is what a step starts from; the other outputs are then only looked at.
+    inference: what runs without gradients is captured: a graph of a forward alone.
     Raises CaptureError, naming node, module and source line, for what cannot be captured rightly.
     """
     kwargs = dict(kwargs)
     _check_state(module)
     _check_devices(module, args, kwargs)
-    with restore_rng():
+    with restore_rng(), torch.no_grad() if inference else contextlib.nullcontext():
         module, args, kwargs = on_fake_tensors(module, args, kwargs)
         names, input_names = _names(module), _input_names(module, args, kwargs)
         in_spec = pytree.tree_structure((args, kwargs))
         graph_module, args, kwargs = _torch_level(module, args, kwargs)
         _add_unused_state(graph_module, module)
         values = _output_values(graph_module, args, kwargs)
-        differentiated, attached = _detach_outputs(graph_module, values, output_gradients)
+        differentiated, attached = _detach_outputs(graph_module, values, output_gradients, inference)
         joint, out_spec = _aot(graph_module, args, kwargs)
     constants, fixed_outputs = assign_roles(joint, graph_module, names, input_names, differentiated)
     return Capture(joint, in_spec, out_spec, differentiated, attached, constants, fixed_outputs, graph_module, (args, kwargs))
@@ -293,7 +298,7 @@ def _refusal(module: nn.Module, error: Exception) -> str:
 
 
 def _detach_outputs(
-    graph_module: fx.GraphModule, values: list[Any], wanted: str | Sequence[int] | None
+    graph_module: fx.GraphModule, values: list[Any], wanted: str | Sequence[int] | None, inference: bool
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Rewrite the outputs so that only the differentiated ones reach autograd; returns (differentiated, attached) leaf indices.
 
@@ -304,7 +309,7 @@ def _detach_outputs(
     nodes = pytree.tree_leaves(output.args)
     tensors = {i: value for i, value in enumerate(values) if isinstance(nodes[i], fx.Node) and isinstance(value, torch.Tensor)}
     attached = tuple(i for i, value in tensors.items() if value.requires_grad)
-    differentiated = _choose_differentiated({i: tensors[i] for i in attached}, wanted)
+    differentiated = () if inference else _choose_differentiated({i: tensors[i] for i in attached}, wanted)
     graph, replaced = graph_module.graph, {}
     with graph.inserting_before(output):
         for i, value in tensors.items():

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from .codegen.assemble import assemble
 from .codegen.calls import canonical_call
 from .codegen.partition import partition
-from .codegen.planned import PlannedModule, assemble
+from .codegen.planned import PlannedModule
 from .decisions import Plan
 from .errors import ImplementationError
 from .implementations import IMPLEMENTATIONS, choose_implementations

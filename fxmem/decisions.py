@@ -7,10 +7,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from .budget import Budget, format_bytes
+from .memory import ArenaPlan
 from .problem import Problem
 from .report.account import account_of_frontier, account_of_plan
 from .report.drawing import draw
-from .report.plots import plot_frontier, plot_schedule, plot_timeline
+from .report.plots import plot_frontier, plot_memory_map, plot_schedule, plot_timeline
 from .report.snapshot import save_snapshot
 from .report.summary import as_html, as_rich, as_text
 from .saving import save_plan
@@ -46,6 +47,7 @@ class Plan:
     problem, solution: the torch-free problem that was solved, and the schedule that runs.
     cost: the name of the cost model. capture_time_s: seconds of capture, costs and everything else before the solver.
     asked: the budget as the user gave it. origin: what the plan holds for.
+    arena: where the step's buffers lie, of a module transformed with `arena=True`; not saved with the plan, but made anew.
     """
 
     model: str
@@ -58,11 +60,12 @@ class Plan:
     capture_time_s: float
     asked: Budget = field(default_factory=Budget)
     origin: Origin = field(default_factory=Origin)
+    arena: ArenaPlan | None = None
 
     @property
     def predicted_peak_bytes(self) -> int:
-        """Peak of the planned step, which `fxmem.measure` must find."""
-        return self.solution.timeline.peak_bytes
+        """Peak of the planned step, its arena included, which `fxmem.measure` must find."""
+        return self.solution.timeline.peak_bytes if self.arena is None else self.arena.peak_bytes
 
     @property
     def peak_by_kind(self) -> dict[str, int]:
@@ -113,6 +116,11 @@ class Plan:
     def plot_schedule(self, axes=None):
         """Operators over time: kept, run, run in place, run again. matplotlib Axes, drawn into `axes` where given."""
         return plot_schedule(self, axes)
+
+    def plot_memory_map(self, axes=None):
+        """The arena as address over time, coloured by kind; of a plan without one, as all its buffers would lie in one.
+        matplotlib Axes, drawn into `axes` where given."""
+        return plot_memory_map(self, axes)
 
     def draw(self, module: str | None = None, axes=None):
         """The graph of one module ("": of all), coloured by what becomes of each storage. matplotlib Axes.

@@ -75,5 +75,9 @@ class TapeError(FxmemError, RuntimeError):
     """A backward that the planned module cannot run rightly: a second one, a double one, or after an in-place change."""
 
 
+class ArenaError(FxmemError, RuntimeError):
+    """An arena that cannot be allocated (the bytes asked for), or a result that does not fit its slice (the node's name)."""
+
+
 class MissingExtraError(FxmemError, ImportError):
     """An optional package is not installed: the message names the extra that brings it."""

@@ -183,6 +183,9 @@ class _Step:
 
     def peak(self) -> tuple[int, int]:
         """The most bytes alive during one step, and the bytes of the gradients that it leaves."""
+        release = getattr(self.module, "release_arena", None)
+        if release is not None:
+            release()  # so that the arena is allocated, and counted, in this step
         gc.collect()  # else garbage of earlier runs would be released, and counted as released, in this one
         peak = _cuda_peak(self._forward_backward) if self.device.type == "cuda" else _cpu_peak(self._forward_backward)
         gradient_bytes = distinct_bytes(t.grad for t in self.trained if t.grad is not None)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from .baseline import EagerTimeline, eager_timeline
+from .baseline import EagerTimeline, Workspace, eager_timeline
 from .budget import Budget
 from .capture import Capture, capture
 from .cost import CostModel, OpCall, cost_model, workspace_bytes
@@ -177,7 +177,7 @@ def _annotations(device: torch.device | None, model: CostModel, offer: Pass, inp
     """The passes that one way of writing the step goes through, in order."""
     return (
         UpdateBuffers(),
-        ShapeProp(alignment_bytes=CUDA_ALIGNMENT_BYTES if device and device.type == "cuda" else 1),
+        shape_prop(device),
         OwnGradients(),
         Liveness(),
         MarkRegions(),
@@ -185,6 +185,11 @@ def _annotations(device: torch.device | None, model: CostModel, offer: Pass, inp
         *((MarkInplace(),) if inplace else ()),
         Costs(model),
     )
+
+
+def shape_prop(device: torch.device | None) -> ShapeProp:
+    """The pass, with sizes as the device's allocator rounds them."""
+    return ShapeProp(alignment_bytes=CUDA_ALIGNMENT_BYTES if device and device.type == "cuda" else 1)
 
 
 def _device_name(device: torch.device | None) -> str:
@@ -227,11 +232,16 @@ def _on_gpu(model: CostModel) -> bool | None:
 
 def _baseline(captured: Capture, model: CostModel) -> EagerTimeline:
     """The plain module's memory, with workspaces by the formulas."""
+    return eager_timeline(captured.torch_level, *captured.call, workspace=workspace_by(model), roots_of=_attached)
+
+
+def workspace_by(model: CostModel) -> Workspace:
+    """The formulas for workspaces, on the device that a cost model is for."""
 
     def workspace(operator: Any, args: tuple, kwargs: dict, result: Any) -> int:
         return workspace_bytes(OpCall(operator, args, kwargs, result, _on_gpu(model)))
 
-    return eager_timeline(captured.torch_level, *captured.call, workspace=workspace, roots_of=_attached)
+    return workspace
 
 
 def _attached(outputs: Any) -> list[torch.Tensor]:

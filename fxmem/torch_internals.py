@@ -5,11 +5,12 @@ dynamo_graph        one torch-level graph of any nn.Module            torch._dyn
 what the joint graph's placeholders and outputs mean                  torch._functorch._aot_autograd.descriptors
 pytree                                                                torch.utils._pytree
 OpOverload          what an operator of the dispatcher is             torch._ops
+out_overload        which operators write where they are told         torch._C, the dispatcher's tables
 fake tensors, with the strides of the CPU's kernels                   torch._subclasses.fake_tensor
 saved_by_partitioner   what PyTorch itself would keep                 torch._functorch.partitioners
 cpu_memory_events   the CPU allocator's events, by the profiler       kineto_results of torch.autograd.profiler
 TorchDispatchMode, and real tensors inside such modes (real_tensors)   torch.utils._python_dispatch
-storage_key, suggested_format, gradient_layout   what kernels and autograd see of tensors    torch._prims_common
+storage_key, suggested_format, gradient_layout, fills_its_storage     torch._prims_common
 convolution_backends   which kernels run a convolution                torch._C
 spec_children, spec_to_data, spec_from_data, rename_node              torch.utils._pytree, torch.fx.Node
 memory_viz          from memory snapshots to text and pages           torch.cuda._memory_viz
@@ -303,6 +304,31 @@ def cpu_memory_events(run: Callable[[], Any]) -> tuple[Any, list[int]]:
     return result, [size for _, size in sorted(memory, key=lambda event: event[0])]
 
 
+def out_overload(operator: OpOverload, device_type: str) -> OpOverload | None:
+    """The overload of `operator` that writes the same results where it is told, by a kernel of its own on a kind of device.
+
+    PyTorch generates an overload with `out` for nearly every operator; most of them compute elsewhere and copy. Those bear a
+    tag, and have no kernel for the device.
+    """
+    taken = [(a.name, str(a.type)) for a in operator._schema.arguments]
+    keys = (device_type.upper(), "CompositeExplicitAutograd")
+    for name in operator.overloadpacket.overloads():
+        other = getattr(operator.overloadpacket, name)
+        names = out_names(other)
+        rest = [(a.name, str(a.type)) for a in other._schema.arguments if a.name not in names]
+        if torch.Tag.generated in other.tags or rest != taken or len(names) != len(operator._schema.returns) or not names:
+            continue
+        if any(torch._C._dispatch_has_kernel_for_dispatch_key(other.name(), key) for key in keys):
+            return other
+    return None
+
+
+def out_names(operator: OpOverload) -> tuple[str, ...]:
+    """The keywords that an operator is told by where to write, in the order of its results."""
+    arguments = operator._schema.arguments
+    return tuple(a.name for a in arguments if a.kwarg_only and a.alias_info is not None and a.alias_info.is_write)
+
+
 def spec_children(spec: Any) -> list[Any]:
     """The specs of a pytree spec's children."""
     return spec.children() if callable(getattr(spec, "children", None)) else spec.children_specs
@@ -362,3 +388,9 @@ def gradient_layout(tensor: torch.Tensor) -> tuple[int, ...]:
     if torch._prims_common.is_non_overlapping_and_dense_or_false(tensor):
         return tuple(tensor.stride())
     return tuple(torch._prims_common.make_contiguous_strides_for(tensor.shape))
+
+
+def fills_its_storage(tensor: torch.Tensor) -> bool:
+    """Whether the tensor's elements are all that its storage holds, each once."""
+    whole = tensor.storage_offset() == 0 and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    return whole and torch._prims_common.is_non_overlapping_and_dense_or_false(tensor)

@@ -276,6 +276,8 @@ def _arguments(target, values, dtype) -> list:
             given.append(values > 0)
         elif kind == "Tensor" and argument.name == "bits":
             given.append(torch.randint(0, 256, (-(-values.numel() // 8),), dtype=torch.uint8))
+        elif argument.name in ("weight", "bias", "mean", "variance"):  # of a batch norm's channels
+            given.append(torch.rand(values.shape[1]).to(dtype))
         elif argument.name == "indices":
             given.append(torch.randint(len(values), values.shape[:1]))
         elif kind == "int":
@@ -303,7 +305,7 @@ def test_forms_in_place_are_bitwise(target, dtype):
 
 @pytest.mark.parametrize("target", [t for t in INPLACE_FORMS if "rows" not in str(t)], ids=str)  # those take what rows need
 def test_forms_in_place_allocate_nothing_of_their_size(target):
-    form, values = INPLACE_FORMS[target], torch.randn(1 << 20)
+    form, values = INPLACE_FORMS[target], torch.randn(1 << 10, 1 << 10)
     arguments = _arguments(target, values, values.dtype)
     _, events = cpu_memory_events(lambda: form.target(*arguments, **({form.out: arguments[0]} if form.out else {})))
     running = [sum(events[: i + 1]) for i in range(len(events))]

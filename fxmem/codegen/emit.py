@@ -22,7 +22,8 @@ aten = torch.ops.aten
 
 def emit(graph_module: fx.GraphModule, lowered: Lowered, schedule: Schedule, timeline: Timeline) -> fx.Graph:
     """The graph of `graph_module` as `schedule` runs it. Every new node carries `meta["fxmem_phase"]` ("forward" or
-    "backward"), `meta["fxmem_region"]`, and, where it repeats a node, `meta["fxmem_recomputes"]` (that node's name)."""
+    "backward"), `meta["fxmem_region"]`, `meta["fxmem_step"]` where it is a step of the schedule, and, where it repeats a node,
+    `meta["fxmem_recomputes"]` (that node's name)."""
     return _Emitter(graph_module, lowered, schedule, timeline).run()
 
 
@@ -121,7 +122,7 @@ class _Emitter:
         target, arguments, keywords = self._form(node, again, self.timeline.inplace[step], arguments, keywords)
         stood_for = node.meta.get("fxmem_stands_for", node)
         made = self._call(target, arguments, keywords, f"{node.name}_recomputed" if again else node.name)
-        made.meta = node.meta | made.meta
+        made.meta = node.meta | made.meta | {"fxmem_step": step}
         if again:
             made.meta |= {"fxmem_recomputes": stood_for.name, "fxmem_avoided_bytes": self._used_bytes(step, index)}
         if target is not node.target and self.timeline.inplace[step]:
@@ -154,7 +155,7 @@ class _Emitter:
         made = self._call(
             dropout_apply, (arguments[0], self._resolve(mask), 1 / (1 - node.args[1])), {}, f"{result.name}_recomputed"
         )
-        made.meta = result.meta | made.meta
+        made.meta = result.meta | made.meta | {"fxmem_step": step}
         made.meta |= {"fxmem_recomputes": result.name, "fxmem_avoided_bytes": self._used_bytes(step, index)}
         self.current[result] = made
 

@@ -15,7 +15,7 @@ from ..roles import Role
 class GraphSpec:
     """How one graph of a region is called.
 
-    inputs: where each of its arguments comes from: ("argument", index) or ("tape", name).
+    inputs: where each of its arguments comes from: ("argument", index), ("tape", name), or ("arena", "").
     taken: names of the tape's values that no later graph needs: this graph gets the last reference to them.
     outputs: names of the values that it returns, all of which go onto the tape.
     """
@@ -72,7 +72,7 @@ class _Partition:
             if node.op not in ("placeholder", "output"):
                 self.home[node] = self._number(node)
                 self.members[self.home[node]].append(node)
-        self.roles = {n: n.meta["fxmem_role"] for n in graph.nodes if n.op == "placeholder"}
+        self.roles = {n: n.meta["fxmem_role"] for n in graph.nodes if n.op == "placeholder" and "fxmem_role" in n.meta}
         output = graph.output_node()
         pairs = list(zip(output.args[0], output.meta["fxmem_roles"], strict=True))
         self.results = [(role.key, value) for value, role in pairs if role.kind in ("output", "output_only")]
@@ -146,6 +146,8 @@ class _Partition:
         return tuple((role.key, n.name, n.meta["val"].stride()) for n, role in found)
 
     def _source(self, node: fx.Node, arguments: dict[fx.Node, int]) -> tuple[str, int | str]:
+        if "fxmem_is_arena" in node.meta:
+            return ("arena", "")
         return ("argument", arguments[node]) if node in arguments else ("tape", node.name)
 
     def _reads(self, number: int, returned: list[fx.Node] = ()) -> list[fx.Node]:
@@ -230,6 +232,8 @@ def _notes(node: fx.Node) -> Iterator[str]:
         yield f"by {meta['fxmem_implementation']}"
     if "fxmem_inplace_over" in meta:
         yield f"in place of {meta['fxmem_inplace_over']}"
+    if "fxmem_slots" in meta:
+        yield f"bytes {', '.join(f'{begin:,} to {end:,}' for begin, end in meta['fxmem_slots'])} of the arena"
 
 
 def _tangent_dependencies(graph: fx.Graph) -> dict[fx.Node, frozenset[int]]:

@@ -8,21 +8,16 @@ Parameters, buffers and submodules are the original's own.
 from __future__ import annotations
 
 import copy
-import inspect
 import logging
-import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from ..capture import Capture
-from ..errors import CaptureError
-from ..roles import Role
-from ..torch_internals import is_being_traced, pytree, spec_children, spec_from_data, spec_to_data
+from ..errors import CaptureError, FxmemError
+from ..torch_internals import is_being_traced, pytree, spec_from_data, spec_to_data
 from .calls import Call, canonical_call
-from .partition import RegionGraphs
 from .runtime import Region
 from .serialize import graph_from_data, graph_to_data
 
@@ -70,9 +65,18 @@ class OutputStructure(nn.Module):
 class PlannedModule(fx.GraphModule):
     """What `fxmem.transform` returns. `plan` tells what was decided, `regions` holds the chain, `code` shows it."""
 
-    def __init__(self, source: nn.Module, graph: fx.Graph, chain: RegionChain, plan: Any, call: Call, replan: Callable):
+    def __init__(
+        self,
+        source: nn.Module,
+        graph: fx.Graph,
+        chain: RegionChain,
+        plan: Any,
+        call: Call,
+        replan: Callable | None,
+        infer: Callable | None = None,
+    ):
         super().__init__({}, fx.Graph(), type(source).__name__)
-        self.__dict__.update(_source=source, _call=call, _replan=replan, _variants={}, _plan=plan)
+        self.__dict__.update(_source=source, _call=call, _replan=replan, _infer=infer, _variants={}, _plan=plan)
         # One set of tensors for both: what moves or swaps the parameters of one does so for the other.
         self._parameters, self._buffers = source._parameters, source._buffers
         self._non_persistent_buffers_set = source._non_persistent_buffers_set
@@ -101,6 +105,12 @@ class PlannedModule(fx.GraphModule):
         """The chain of regions, in forward order."""
         return self._modules["fxmem_regions"]
 
+    def release_arena(self) -> None:
+        """Let go of the memory of all arenas (those that a step is using, when it is over); the next step allocates anew."""
+        for planned in (self, *filter(None, self._variants.values())):
+            if planned.regions[0].arenas is not None:
+                planned.regions[0].arenas.release()
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
@@ -115,12 +125,12 @@ class PlannedModule(fx.GraphModule):
             setattr(self._source, name, value)  # another head, say, is one for inference and other plans too
 
     def __call__(self, *args, **kwargs):
-        if is_being_traced(args, kwargs):
+        if is_being_traced(args, kwargs) or self._replan is None:  # a plan of inference, for one kind of call
             return super().__call__(*args, **kwargs)
         self._modules.update(self._source._modules)
         args, kwargs = canonical_call(self._source, args, kwargs)
         if not self._needs_gradients(args, kwargs):
-            return self._plain()(*args, **kwargs)
+            return self._without_gradients(args, kwargs)(*args, **kwargs)
         call = Call.of(self._source, args, kwargs)
         if call.key == self._call.key and (call.autocast == self._call.autocast or self._call.autocast):
             return super().__call__(*args, **kwargs)
@@ -142,6 +152,25 @@ class PlannedModule(fx.GraphModule):
         plain = _Plain(self._source)
         self._share_hooks(plain)
         return plain
+
+    def inference_plan(self, *args: Any, **kwargs: Any) -> Any:
+        """The `Plan` by which such a call runs without gradients; None where it runs plainly, as it does without an arena."""
+        runs = self._without_gradients(*canonical_call(self._source, args, kwargs))
+        return runs.plan if isinstance(runs, PlannedModule) else None
+
+    def _without_gradients(self, args: tuple, kwargs: dict) -> nn.Module:
+        """With an arena, a plan of a forward alone, made the first time; else the source."""
+        if self._infer is None:
+            return self._plain()
+        call = Call.of(self._source, args, kwargs), "inference"
+        if call not in self._variants:
+            try:
+                self._variants[call] = self._infer(self._source, args, kwargs)
+                self._share_hooks(self._variants[call])
+            except FxmemError as error:
+                log.warning("inference of %s runs without a plan: %s", self._get_name(), error)
+                self._variants[call] = None
+        return self._variants[call] or self._plain()
 
     def _variant(self, call: Call, args: tuple, kwargs: dict) -> nn.Module:
         """A planned module for another kind of call, planned the first time."""
@@ -166,13 +195,13 @@ class PlannedModule(fx.GraphModule):
             "output_structure": spec_to_data(chain.output_structure.spec),
             "graph": graph_to_data(self.graph),
             "hooks": {name: self.__dict__[name] for name in HOOKS if name in self.__dict__},
-            "rest": (self._plan, self._call, self._replan),
+            "rest": (self._plan, self._call, self._replan, self._infer),
         }
 
     def __deepcopy__(self, memo: dict) -> PlannedModule:
         state = self._state()
-        plan, call, replan = state.pop("rest")
-        copied = _rebuild(copy.deepcopy(state, memo) | {"rest": (plan, call, replan)})
+        rest = state.pop("rest")
+        copied = _rebuild(copy.deepcopy(state, memo) | {"rest": rest})
         memo[id(self)] = copied
         return copied
 
@@ -210,86 +239,3 @@ def _rebuild(state: dict[str, Any]) -> PlannedModule:
     planned = PlannedModule(state["source"], graph_from_data(state["graph"]), chain, *state["rest"])
     planned.__dict__.update(state["hooks"])
     return planned
-
-
-def assemble(
-    source: nn.Module,
-    captured: Capture,
-    parts: tuple[RegionGraphs, ...],
-    args: tuple,
-    kwargs: Mapping[str, Any],
-    plan: Any,
-    replan: Callable,
-) -> PlannedModule:
-    """The PlannedModule of a captured module, cut into `parts`, called as `source(*args, **kwargs)` (see `canonical_call`)."""
-    expected, attached = frozenset(captured.differentiated), frozenset(captured.attached)
-    regions = [Region(part, i, len(parts), expected, attached) for i, part in enumerate(parts)]
-    chain = RegionChain(regions, captured.constants, captured.out_spec)
-    graph = _Outer(source, captured, args, kwargs).build([part.spec for part in parts])
-    return PlannedModule(source, graph, chain, plan, Call.of(source, args, kwargs), replan)
-
-
-class _Outer:
-    """Builds the graph of the chain: inputs, parameters, one call for each region, outputs."""
-
-    def __init__(self, source: nn.Module, captured: Capture, args: tuple, kwargs: Mapping[str, Any]):
-        self.source, self.captured = source, captured
-        self.graph = fx.Graph()
-        self.nodes: dict[Role, fx.Node] = {}
-        self.leaves = self._placeholders(args, dict(kwargs))
-
-    def build(self, specs: list) -> fx.Graph:
-        previous: list[fx.Node] = []
-        for spec in specs:
-            arguments = [self._argument(role) for role in spec.arguments]
-            node = self.graph.create_node(
-                "call_module", f"fxmem_regions.{spec.name}", (*previous, *arguments), {}, name=spec.name
-            )
-            previous = [node]
-        self.graph.output(self._outputs(previous[0], specs[-1].results))
-        return self.graph
-
-    def _placeholders(self, args: tuple, kwargs: dict) -> list[tuple[fx.Node, tuple]]:
-        """Placeholders named as the module names its arguments; for each input leaf its placeholder and the path into it."""
-        parameters = inspect.signature(self.source.forward).parameters.values()
-        positional = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-        names = [positional[i] if i < len(positional) else f"arg_{i}" for i in range(len(args))]
-        tops = [self.graph.placeholder(name) for name in (*names, *kwargs)]
-        leaves = []
-        for top, value in zip(tops, (*args, *kwargs.values()), strict=True):
-            leaves += [(top, path) for path, _ in pytree.tree_flatten_with_path(value)[0]]
-        return leaves
-
-    def _argument(self, role: Role) -> fx.Node:
-        if role not in self.nodes:
-            if role.kind == "input":
-                top, path = self.leaves[role.key]
-                self.nodes[role] = self._walk(top, path)
-            else:
-                name = f"fxmem_regions.{role.key}" if role.key in self.captured.constants else role.key
-                self.nodes[role] = self.graph.get_attr(name)
-        return self.nodes[role]
-
-    def _walk(self, node: fx.Node, path: tuple) -> fx.Node:
-        """The leaf of a nested input: one getitem or getattr for each step of its path."""
-        for step in path:
-            key = getattr(step, "idx", getattr(step, "key", None))
-            if key is None:
-                node = self.graph.call_function(getattr, (node, step.name))
-            else:
-                node = self.graph.call_function(operator.getitem, (node, key))
-        return node
-
-    def _outputs(self, last: fx.Node, results: tuple) -> Any:
-        leaves = dict(self.captured.fixed_outputs)
-        for position, (leaf, _, _) in enumerate(results):
-            leaves[leaf] = self.graph.create_node("call_function", operator.getitem, (last, position), name=f"output_{leaf}")
-        ordered = [leaves[i] for i in range(self.captured.out_spec.num_leaves)]
-        if _is_plain(self.captured.out_spec):
-            return pytree.tree_unflatten(ordered, self.captured.out_spec)
-        return self.graph.call_module("fxmem_regions.output_structure", tuple(ordered))
-
-
-def _is_plain(spec: Any) -> bool:
-    """Whether the structure is made of what an fx graph can return as it stands."""
-    return spec.is_leaf() or (spec.type in (tuple, list, dict) and all(_is_plain(child) for child in spec_children(spec)))

@@ -8,6 +8,7 @@ through autograd: only a token does, of no bytes, from region to region, which f
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from torch import fx, nn
 
 from ..errors import TapeError
+from .arena import ArenaPool, Lease, lend
 from .partition import GraphSpec, RegionGraphs, RegionSpec, boxed
 from .serialize import graph_from_data, graph_to_data
 
@@ -25,16 +27,18 @@ class Tape:
     values: by the name of the node that made them. awaiting: the region whose backward comes next.
     watched: (leaf index, alias, version) of the model outputs whose bytes the backward will read.
     absent: output leaves that got no gradient.
+    lease: of the arena in which the graphs write, where there is one.
     """
 
-    __slots__ = ("absent", "awaiting", "token", "values", "watched")
+    __slots__ = ("absent", "awaiting", "lease", "token", "values", "watched")
 
-    def __init__(self, regions: int, device: torch.device):
+    def __init__(self, regions: int, device: torch.device, lease: Lease | None = None):
         self.values: dict[str, torch.Tensor] = {}
         self.token: torch.Tensor | None = torch.empty(0, device=device, requires_grad=True)
         self.awaiting = regions - 1
         self.absent: set[int] = set()
         self.watched: list[tuple[int, torch.Tensor, int]] = []
+        self.lease = lease
 
     def begin_backward(self, region: Region) -> None:
         """Check that this backward may run: each tape serves one, in order, on values nobody has changed since."""
@@ -58,16 +62,31 @@ class Tape:
                 )
         self.watched.clear()
 
+    def end(self) -> None:
+        """The step is over: its arena is free for the next."""
+        if self.lease is not None:
+            self.lease.end()
+
 
 class Region(nn.Module):
     """A part of the model that one autograd Function runs; called with the tape (but for the first) and its arguments.
 
     forward_graph, backward_graph: GraphModules over a boxed list of arguments; `.code` shows what runs.
+    arenas: in the first region, where the chain gets its arena from; None without one.
     Returns the tape, or, from the last region, the model's tensor outputs.
     """
 
-    def __init__(self, graphs: RegionGraphs, index: int, count: int, expected: frozenset[int], attached: frozenset[int]):
+    def __init__(
+        self,
+        graphs: RegionGraphs,
+        index: int,
+        count: int,
+        expected: frozenset[int],
+        attached: frozenset[int],
+        arenas: ArenaPool | None = None,
+    ):
         super().__init__()
+        self.arenas = arenas
         self.spec, self.index, self.count = graphs.spec, index, count
         self.expected, self.attached = expected, attached
         self.forward_graph = fx.GraphModule({}, graphs.forward, "Forward")
@@ -75,11 +94,11 @@ class Region(nn.Module):
 
     def __reduce__(self):
         graphs = graph_to_data(self.forward_graph.graph), graph_to_data(self.backward_graph.graph)
-        return _region, (self.spec, *graphs, self.index, self.count, self.expected, self.attached)
+        return _region, (self.spec, *graphs, self.index, self.count, self.expected, self.attached, self.arenas)
 
     def __deepcopy__(self, memo: dict) -> Region:
         function, arguments = self.__reduce__()
-        memo[id(self)] = copied = function(*arguments)
+        memo[id(self)] = copied = function(*arguments[:-1], copy.deepcopy(self.arenas, memo))
         return copied
 
     @property
@@ -127,6 +146,8 @@ def _run(graph: fx.GraphModule, spec: GraphSpec, tape: Tape, arguments: Any) -> 
     for where, key in spec.inputs:
         if where == "argument":
             boxed.append(arguments[key])
+        elif where == "arena":
+            boxed.append(tape.lease.arena)
         else:
             boxed.append(tape.values.pop(key) if key in spec.taken else tape.values[key])
     with _precision_as_captured():
@@ -147,13 +168,17 @@ def _precision_as_captured() -> Iterator[None]:
 @fx.wrap
 def run_region(region: Region, *inputs):
     """Run one region of the chain: `inputs` are the tape (but for the first region) and the region's arguments."""
-    tape, arguments = (Tape(region.count, inputs[0].device), inputs) if region.index == 0 else (inputs[0], inputs[1:])
+    tape, arguments = (_tape(region, inputs), inputs) if region.index == 0 else (inputs[0], inputs[1:])
     token, *outputs = RegionFunction.apply(region, tape, tape.token, *arguments)
     if region.index < region.count - 1:
         tape.token = token
         return tape
     tape.token = None  # the chain is complete: autograd holds it from the outputs
     return tuple(outputs)
+
+
+def _tape(region: Region, inputs: tuple[torch.Tensor, ...]) -> Tape:
+    return Tape(region.count, inputs[0].device, lend(region.arenas, inputs))
 
 
 class RegionFunction(torch.autograd.Function):
@@ -184,6 +209,8 @@ class RegionFunction(torch.autograd.Function):
         arguments = dict(zip(region.spec.saved, ctx.saved_tensors, strict=True))
         ctx.maybe_clear_saved_tensors()
         gradients = region.run_backward(tape, arguments)
+        if region.index == 0:
+            tape.end()
         wanted = ctx.needs_input_grad[3:]
         token_gradient = torch.empty(0, device=ctx.token_device) if region.index else None
         return None, None, token_gradient, *(gradients.pop(i, None) if needed else None for i, needed in enumerate(wanted))

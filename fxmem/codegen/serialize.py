@@ -18,7 +18,7 @@ from ..torch_internals import OpOverload
 
 KEPT_META = (
     "fxmem_recomputes", "fxmem_avoided_bytes", "fxmem_phase", "fxmem_region", "fxmem_offers", "fxmem_implementation",
-    "fxmem_inplace_over",
+    "fxmem_inplace_over", "fxmem_slots",
 )  # fmt: skip
 
 
@@ -96,5 +96,6 @@ def _operator(name: str) -> Any:
     """torch.ops.aten.add.Tensor from "aten::add.Tensor"."""
     namespace, rest = name.split("::")
     if namespace == "fxmem":
-        importlib.import_module("fxmem.implementations")  # defines them, in a process that has only unpickled so far
+        for definitions in ("fxmem.implementations", "fxmem.outforms"):  # in a process that has only unpickled so far
+            importlib.import_module(definitions)
     return functools.reduce(getattr, rest.split("."), getattr(torch.ops, namespace))

@@ -71,6 +71,10 @@ def _facts(plan: Plan) -> Iterable[tuple[str, str]]:
     again = sum(is_recompute(plan.problem, plan.solution.schedule))
     in_place = sum(pair is not None for pair in timeline.inplace)
     yield "steps", f"{len(steps):,}, of which {again:,} recompute and {in_place:,} run in place"
+    if plan.arena is not None:
+        arena = plan.arena
+        inside = f"{len(arena.inside):,} of {len(arena.places):,} buffers, {arena.share:.0%} of their bytes"
+        yield "arena", f"{format_bytes(arena.arena_bytes)} for {inside}; print(plan.arena) lists them"
     yield "took", f"{plan.capture_time_s:.1f} s to capture, {plan.solve_time_s:.1f} s to solve"
 
 

@@ -1,4 +1,4 @@
-"""A plan's memory over the step, its schedule as a matrix, and a frontier of plans, drawn by matplotlib."""
+"""A plan's memory over the step, its schedule as a matrix, its arena, and a frontier of plans, drawn by matplotlib."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..budget import format_bytes
+from ..memory import buffers_of, plan_arena
 from ..schedule import Timeline, forward_length, plain_schedule, simulate
 from .axes import AGAIN, BYTES_IN, IN_PLACE, KEPT, KIND_COLOURS, RUN, SECONDS_IN, WIDTH_INCHES, pyplot, unit_of
 from .replay import PEAK_KINDS, TITLES, bytes_by_kind, is_recompute, step_times_s
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from ..schedule import Schedule
 
 MARKERS = "sv^D<>pP"
+NO_LIMIT = 1 << 60  # bytes
 
 
 def plot_timeline(plan: Plan) -> tuple[Any, Any]:
@@ -176,3 +178,46 @@ def plot_points(
     axes.set_ylim(bottom=min(-1.0, axes.get_ylim()[0]))
     axes.legend(loc="upper right", fontsize=9, framealpha=0.9)
     return axes
+
+
+def plot_memory_map(plan: Plan, axes: Any = None) -> Any:
+    """The arena as address over time: a block for each buffer from the step that makes it to its last use, coloured by kind,
+    those that several storages share in place hatched. Without an arena, one for all that could lie in it. Returns the Axes."""
+    plt = pyplot()
+    if axes is None:
+        axes = plt.subplots(figsize=(WIDTH_INCHES, 5.4), layout="constrained")[1]
+    blocks, arena_bytes = _blocks(plan)
+    unit, size = unit_of(arena_bytes, BYTES_IN)
+    for (kind, shared), found in itertools.groupby(sorted(blocks), key=lambda block: block[:2]):
+        bars = [(begin, end - begin, offset / size, size_bytes / size) for _, _, begin, end, offset, size_bytes in found]
+        axes.bar(
+            [begin for begin, *_ in bars], [height for *_, height in bars], [width for _, width, *_ in bars],
+            [bottom for _, _, bottom, _ in bars], align="edge", color=KIND_COLOURS[kind], edgecolor="#333333", linewidth=0.3,
+            hatch="////" if shared else None, label=TITLES[kind] + (", shared in place" if shared else ""),
+        )  # fmt: skip
+    steps = len(plan.solution.schedule.steps)
+    axes.axhline(arena_bytes / size, color="black", linewidth=1.0, linestyle="--", label=f"end, {format_bytes(arena_bytes)}")
+    end = forward_length(plan.problem, plan.solution.schedule)
+    if end < steps:
+        axes.axvline(end, color="black", linewidth=0.8, linestyle=":")
+        axes.text(end, 1.005, "backward", transform=axes.get_xaxis_transform(), fontsize=9)
+    told = "arena" if plan.arena is not None else "what an arena for all buffers would be"
+    axes.set(
+        xlim=(0, steps), ylim=(0, 1.04 * arena_bytes / size or 1), xlabel="time (steps of the schedule)",
+        ylabel=f"address ({unit})",
+    )  # fmt: skip
+    axes.set_title(f"{plan.model}: {told}, {len(blocks):,} buffers", pad=16)
+    axes.figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    return axes
+
+
+def _blocks(plan: Plan) -> tuple[list[tuple[str, bool, int, int, int, int]], int]:
+    """(kind, whether shared in place, begin, end, offset, bytes) of each buffer in the arena, and the arena's bytes."""
+    buffers = buffers_of(plan.problem, plan.solution.schedule)
+    arena = plan.arena or plan_arena(plan.problem, plan.solution.schedule, {}, NO_LIMIT)
+    found = [
+        (p.kind, len(b.storages) > 1, p.begin, p.end, p.offset, p.size_bytes)
+        for p, b in zip(arena.places, buffers, strict=True)
+        if p.offset is not None and p.size_bytes
+    ]
+    return found, arena.arena_bytes
