@@ -8,7 +8,8 @@ from helpers.steps import assert_drop_in, transform
 from torch import nn
 
 import fxmem
-from fxmem.torch_internals import FakeTensorMode, pytree
+from fxmem.fake_kernels import FakeTensorMode
+from fxmem.torch_internals import pytree
 
 aten = torch.ops.aten
 SHAPE = (3, 4, 6, 8)
