@@ -46,6 +46,8 @@ __all__ = ["FakeTensor", "OpOverload", "TorchDispatchMode", "TorchFakeTensorMode
 
 aten = torch.ops.aten
 DECOMPOSED = (
+    aten.upsample_nearest1d, aten.upsample_nearest2d, aten.upsample_nearest3d,
+    aten._upsample_nearest_exact1d, aten._upsample_nearest_exact2d, aten._upsample_nearest_exact3d,
     aten.upsample_linear1d, aten.upsample_bilinear2d, aten.upsample_bicubic2d, aten.upsample_trilinear3d,
     aten.multi_margin_loss, aten.multilabel_margin_loss_forward, aten.softshrink, aten.hardshrink,
 )  # fmt: skip
