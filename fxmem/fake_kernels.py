@@ -196,10 +196,13 @@ def batch_norm(made: torch.Tensor, given: tuple) -> Strides:
 
 
 def batch_norm_backward(made: torch.Tensor, given: tuple) -> Strides:
-    """As batch norm, where the gradient's strides suggest the same format."""
+    """As batch norm, where the gradient is contiguous, too, and its strides suggest the same format."""
     gradient, x = given[:2]
     suggested = suggested_format(x)
-    return batch_norm(made, (x,)) if suggested_format(gradient) is suggested else dense_strides(made.shape, suggested)
+    whole = gradient.is_contiguous() or _format_of_contiguous(gradient)
+    if whole and suggested_format(gradient) is suggested:
+        return batch_norm(made, (x,))
+    return dense_strides(made.shape, suggested)
 
 
 def _format_of_contiguous(tensor: torch.Tensor) -> torch.memory_format | None:
