@@ -16,8 +16,9 @@ import torch
 from torch import nn
 
 from .errors import MeasureError
+from .fake_kernels import FakeTensorMode
 from .measuring import backward_roots
-from .torch_internals import FakeTensorMode, TorchDispatchMode, pytree
+from .torch_internals import TorchDispatchMode, pytree
 
 KINDS = ("parameter", "buffer", "input", "activation", "gradient", "workspace")
 Workspace = Callable[[Any, tuple, dict, Any], int]

@@ -24,15 +24,15 @@ import torch
 from torch import fx, nn
 from torch.nn.parameter import is_lazy
 
+from .codegen.operators import own
 from .errors import CaptureError
+from .fake_kernels import FakeTensorMode, fake_mode_of
 from .graph_meta import is_backward, source_of
 from .roles import assign_roles
 from .torch_internals import (
     Assignment,
     FakeTensor,
-    FakeTensorMode,
     dynamo_graph,
-    fake_mode_of,
     joint_graph,
     pytree,
     restore_rng,
@@ -302,8 +302,9 @@ def _detach_outputs(
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Rewrite the outputs so that only the differentiated ones reach autograd; returns (differentiated, attached) leaf indices.
 
-    Every output also becomes a value of its own (`_unsafe_view`), since AOTAutograd would otherwise hand out the base of
-    outputs that alias each other, and rebuild them outside of the graph.
+    Every output also becomes a value of its own, since AOTAutograd would otherwise hand out the base of outputs that alias each
+    other, and rebuild them outside of the graph. (A view in the same shape would not do: kernels give it, and the gradient
+    behind it, other strides in dimensions of size one.)
     """
     output = graph_module.graph.output_node()
     nodes = pytree.tree_leaves(output.args)
@@ -312,11 +313,11 @@ def _detach_outputs(
     differentiated = () if inference else _choose_differentiated({i: tensors[i] for i in attached}, wanted)
     graph, replaced = graph_module.graph, {}
     with graph.inserting_before(output):
-        for i, value in tensors.items():
+        for i in tensors:
             node = nodes[i] if i in differentiated else graph.call_function(torch.ops.aten.detach.default, (nodes[i],))
-            own = graph.call_function(torch.ops.aten._unsafe_view.default, (node, list(value.shape)))
-            own.meta.update({k: nodes[i].meta[k] for k in ("nn_module_stack", "stack_trace") if k in nodes[i].meta})
-            replaced[i] = own
+            shown = graph.call_function(own, (node,))
+            shown.meta.update({k: nodes[i].meta[k] for k in ("nn_module_stack", "stack_trace") if k in nodes[i].meta})
+            replaced[i] = shown
     indices = iter(range(len(nodes)))
     output.args = pytree.tree_map(lambda leaf: replaced.get(next(indices), leaf), output.args)
     graph_module.recompile()
@@ -359,6 +360,8 @@ def _aot(graph_module: fx.GraphModule, args: tuple, kwargs: dict) -> tuple[fx.Gr
     for node in joint.graph.find_nodes(op="call_function", target=torch.ops.aten.detach.default):
         node.replace_all_uses_with(node.args[0])  # autograd's business, and there is none in this graph
         joint.graph.erase_node(node)
+    for node in joint.graph.find_nodes(op="call_function", target=own):
+        node.target = torch.ops.aten.alias.default
     for node in joint.graph.nodes:
         # The backward of a user's own autograd Function carries no tag: what needs an incoming gradient is of the backward.
         tagged = node.meta.get("partitioner_tag") == "is_backward"

@@ -19,10 +19,10 @@ from .budget import budget_from_text, format_bytes
 from .cost.devices import DEVICES
 from .decisions import Frontier, Plan
 from .errors import FxmemError, MissingExtraError
+from .fake_kernels import FakeTensorMode
 from .measuring import Measurement
 from .measuring import measure as run_steps
 from .saving import load_plan
-from .torch_internals import FakeTensorMode
 from .torchvision_models import load_torchvision
 
 NUMBERS = (

@@ -10,8 +10,9 @@ import torch
 from torch import fx
 
 from .errors import CaptureError
+from .fake_kernels import fake_mode_of
 from .graph_meta import source_of
-from .torch_internals import fake_mode_of, input_role, output_role, pytree
+from .torch_internals import input_role, output_role, pytree
 
 
 @dataclass(frozen=True)

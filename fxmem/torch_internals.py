@@ -6,11 +6,11 @@ what the joint graph's placeholders and outputs mean                  torch._fun
 pytree                                                                torch.utils._pytree
 OpOverload          what an operator of the dispatcher is             torch._ops
 out_overload        which operators write where they are told         torch._C, the dispatcher's tables
-fake tensors, with the strides of the CPU's kernels                   torch._subclasses.fake_tensor
+FakeTensor, TorchFakeTensorMode   see `fake_kernels` for ours           torch._subclasses.fake_tensor
 saved_by_partitioner   what PyTorch itself would keep                 torch._functorch.partitioners
 cpu_memory_events   the CPU allocator's events, by the profiler       kineto_results of torch.autograd.profiler
 TorchDispatchMode, and real tensors inside such modes (real_tensors)   torch.utils._python_dispatch
-storage_key, suggested_format, gradient_layout, fills_its_storage     torch._prims_common
+storage_key, suggested_format, dense_strides, is_dense, gradient_layout, fills_its_storage   layouts    torch._prims_common
 convolution_backends   which kernels run a convolution                torch._C
 spec_children, spec_to_data, spec_from_data, rename_node              torch.utils._pytree, torch.fx.Node
 memory_viz          from memory snapshots to text and pages           torch.cuda._memory_viz
@@ -22,7 +22,7 @@ import contextlib
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -39,64 +39,19 @@ from torch._functorch._aot_autograd import descriptors
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.fake_tensor import FakeTensorMode as _FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode as TorchFakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-__all__ = ["FakeTensor", "OpOverload", "TorchDispatchMode", "pytree"]  # and all that is defined here
+__all__ = ["FakeTensor", "OpOverload", "TorchDispatchMode", "TorchFakeTensorMode", "pytree"]  # and all that is defined here
 
 
 aten = torch.ops.aten
-RESULT_LIKE = {  # the operand whose memory format the CPU's kernel gives its first result, where fake operators keep strides
-    aten._native_batch_norm_legit.no_stats: 0,
-    aten._native_batch_norm_legit_functional.default: 0,
-    aten._native_batch_norm_legit_no_training.default: 0,
-    aten.native_batch_norm.default: 0,
-    aten.native_batch_norm_backward.default: 1,
-    aten.native_group_norm_backward.default: 1,
-    aten.roll.default: 0,
-}
 DECOMPOSED = (
+    aten.upsample_nearest1d, aten.upsample_nearest2d, aten.upsample_nearest3d,
+    aten._upsample_nearest_exact1d, aten._upsample_nearest_exact2d, aten._upsample_nearest_exact3d,
     aten.upsample_linear1d, aten.upsample_bilinear2d, aten.upsample_bicubic2d, aten.upsample_trilinear3d,
     aten.multi_margin_loss, aten.multilabel_margin_loss_forward, aten.softshrink, aten.hardshrink,
 )  # fmt: skip
-CONTIGUOUS_RESULT = {
-    aten._log_softmax_backward_data.default,
-    aten.log_sigmoid_forward.default,
-    aten.native_layer_norm_backward.default,
-}
-
-
-class FakeTensorMode(_FakeTensorMode):
-    """PyTorch's, but that results have the strides that the CPU's kernels give them, also of operands that are transposed."""
-
-    def dispatch(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        taken = args
-        if func is aten.native_group_norm_backward.default:  # transposed, it would refuse what the kernel takes
-            taken = (*(self._formatted(a, torch.contiguous_format) for a in args[:2]), *args[2:])
-        made = super().dispatch(func, types, taken, kwargs)
-        if func is aten.col2im.default:
-            return self._shrunk(made, args[0].numel())
-        like = RESULT_LIKE.get(func)
-        if like is None and func not in CONTIGUOUS_RESULT:
-            return made
-        memory_format = torch.contiguous_format if like is None else suggested_format(args[like])
-        results = made if isinstance(made, tuple) else (made,)
-        count = len(results) if func is aten.log_sigmoid_forward.default else 1
-        results = (*(self._formatted(r, memory_format) for r in results[:count]), *results[count:])
-        return results if isinstance(made, tuple) else results[0]
-
-    def _shrunk(self, tensor: torch.Tensor, count: int) -> torch.Tensor:
-        """The tensor as the first part of `count` elements, which the CPU's kernel took for it before it knew its size."""
-        if tensor.device.type != "cpu" or count <= tensor.numel():
-            return tensor
-        whole = super().dispatch(aten.empty.memory_format, (), ([count],), {"dtype": tensor.dtype, "device": tensor.device})
-        return super().dispatch(aten.as_strided.default, (), (whole, list(tensor.shape), list(tensor.stride())))
-
-    def _formatted(self, tensor: torch.Tensor | None, memory_format: torch.memory_format) -> torch.Tensor | None:
-        if tensor is None or tensor.device.type != "cpu" or tensor.is_contiguous(memory_format=memory_format):
-            return tensor
-        keywords = {"dtype": tensor.dtype, "device": tensor.device, "memory_format": memory_format}
-        return super().dispatch(aten.empty.memory_format, (), (list(tensor.shape),), keywords)
 
 
 @dataclass(frozen=True)
@@ -229,18 +184,6 @@ def saved_by_partitioner(joint: fx.GraphModule, forward_outputs: int, fraction: 
     with config.patch(activation_memory_budget=fraction, cse=False):
         forward, _ = min_cut_rematerialization_partition(joint, None, num_fwd_outputs=forward_outputs)
     return {n.name for n in forward.graph.output_node().args[0][forward_outputs:] if isinstance(n, fx.Node)}
-
-
-@contextlib.contextmanager
-def fake_mode_of(tree: Any, allow_real: bool = False) -> Iterator[FakeTensorMode]:
-    """The fake mode of the fake tensors in `tree` (a new one if there are none), on; real tensors may mix in if allowed."""
-    mode = next((t.fake_mode for t in pytree.tree_leaves(tree) if isinstance(t, FakeTensor)), None) or FakeTensorMode()
-    before, mode.allow_non_fake_inputs = mode.allow_non_fake_inputs, allow_real
-    try:
-        with mode:
-            yield mode
-    finally:
-        mode.allow_non_fake_inputs = before
 
 
 @contextlib.contextmanager
@@ -383,14 +326,24 @@ def suggested_format(tensor: torch.Tensor) -> torch.memory_format:
     return torch._prims_common.suggest_memory_format(tensor)
 
 
+def dense_strides(shape: Sequence[int], memory_format: torch.memory_format = torch.contiguous_format) -> tuple[int, ...]:
+    """The strides of a new tensor of that shape and format."""
+    if memory_format is torch.contiguous_format:
+        return tuple(torch._prims_common.make_contiguous_strides_for(shape))
+    return tuple(torch._prims_common.make_channels_last_strides_for(shape))
+
+
+def is_dense(tensor: torch.Tensor) -> bool:
+    """Whether the tensor covers, without overlap or gap, one stretch of its storage."""
+    return torch._prims_common.is_non_overlapping_and_dense_or_false(tensor)
+
+
 def gradient_layout(tensor: torch.Tensor) -> tuple[int, ...]:
     """The strides with which autograd keeps a leaf's gradient (torch/csrc/autograd/functions/accumulate_grad.h)."""
-    if torch._prims_common.is_non_overlapping_and_dense_or_false(tensor):
-        return tuple(tensor.stride())
-    return tuple(torch._prims_common.make_contiguous_strides_for(tensor.shape))
+    return tuple(tensor.stride()) if is_dense(tensor) else dense_strides(tensor.shape)
 
 
 def fills_its_storage(tensor: torch.Tensor) -> bool:
     """Whether the tensor's elements are all that its storage holds, each once."""
     whole = tensor.storage_offset() == 0 and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
-    return whole and torch._prims_common.is_non_overlapping_and_dense_or_false(tensor)
+    return whole and is_dense(tensor)

@@ -8,8 +8,8 @@ from torch.utils.checkpoint import checkpoint
 from fxmem.baseline import eager_timeline
 from fxmem.cost import cost_model, workspace_of
 from fxmem.errors import MeasureError
+from fxmem.fake_kernels import FakeTensorMode
 from fxmem.measuring import measure
-from fxmem.torch_internals import FakeTensorMode
 
 KB4 = 4 * 1024
 CPU = torch.device("cpu")

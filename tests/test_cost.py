@@ -12,7 +12,8 @@ from fxmem.cost.devices import device_table
 from fxmem.cost.operands import real_operands
 from fxmem.cost.roofline import flops, moved_bytes
 from fxmem.errors import CostError
-from fxmem.torch_internals import FakeTensorMode, cpu_memory_events, pytree
+from fxmem.fake_kernels import FakeTensorMode
+from fxmem.torch_internals import cpu_memory_events, pytree
 
 aten = torch.ops.aten
 CPU = torch.device("cpu")

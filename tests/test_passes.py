@@ -11,11 +11,12 @@ from torch.fx.passes.infra.pass_manager import PassManager
 import fxmem
 from fxmem.capture import capture
 from fxmem.cost import cost_model
+from fxmem.fake_kernels import FakeTensorMode
 from fxmem.inplace import INPLACE_FORMS
 from fxmem.lowering import BATCH_NORM, lower
 from fxmem.passes import Costs, Liveness, MarkRegions, MatchEager, NameNodes, Rematerialize, ShapeProp, UpdateBuffers
 from fxmem.schedule import plain_schedule, simulate
-from fxmem.torch_internals import FakeTensorMode, cpu_memory_events
+from fxmem.torch_internals import cpu_memory_events
 
 aten = torch.ops.aten
 KB4 = 4 * 1024

@@ -7,7 +7,8 @@ import operator
 import torch
 from torch import fx
 
-from ..torch_internals import convolution_backends, fake_mode_of
+from ..fake_kernels import fake_mode_of
+from ..torch_internals import convolution_backends
 from .base import Call, Choice, register_implementation
 
 aten = torch.ops.aten

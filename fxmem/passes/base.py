@@ -14,7 +14,7 @@ import torch
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from ..torch_internals import fake_mode_of
+from ..fake_kernels import fake_mode_of
 
 log = logging.getLogger(__name__)
 

@@ -10,8 +10,9 @@ import torch
 from torch import fx
 
 from ..errors import CaptureError
+from ..fake_kernels import fake_mode_of
 from ..graph_meta import StorageInfo, rounded, source_of
-from ..torch_internals import fake_mode_of, pytree, storage_key
+from ..torch_internals import pytree, storage_key
 from .base import Pass
 
 
