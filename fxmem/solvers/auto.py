@@ -35,17 +35,17 @@ def auto(task: Task) -> Answer:
     compiled = compile_problem(task.problem)
     log: list[str] = []
     task = replace(task, starts=(*task.starts, *_peers(task, compiled, log)))
+    bound_s = lower_bound(compiled, task.budget_bytes, task.deadline, log)
+    if not math.isfinite(bound_s):
+        return Answer(None, log=tuple(log))
     plainly, interrupted = _plainly(task, log)
-    task = replace(task, starts=(*task.starts, *plainly))
+    task = replace(task, starts=(*task.starts, *plainly), bound_s=bound_s)
     if interrupted:
         found = judge(task, task.starts)
         return Answer(found and found[0], stopped=True, log=tuple(log))
     answer = search(task)
     log += answer.log
     unit_s = task.problem.plain_time_s or 1.0
-    bound_s = lower_bound(compiled, task.budget_bytes, task.deadline, log)
-    if not math.isfinite(bound_s):
-        return replace(answer, log=tuple(log))
     found = judge(task, [answer.schedule, *task.starts])
     overhead = found[1].overhead if found else math.inf
     if overhead * unit_s > FAR * bound_s and not answer.stopped:
@@ -75,6 +75,7 @@ def _plainly(task: Task, log: list[str]) -> tuple[list[Schedule], bool]:
         return [], False
     now = time.monotonic()
     alone = replace(task, problem=problem, starts=(), deadline=now + (task.deadline - now) / 2)
+    alone = replace(alone, bound_s=lower_bound(compile_problem(problem), task.budget_bytes, alone.deadline, []))
     answer = search(alone, insist=False)
     log += (f"without implementations: {line}" for line in answer.log)
     found = [] if answer.schedule is None else [Schedule(tuple(kept[p] for p in answer.schedule.steps))]

@@ -38,7 +38,7 @@ class Task:
     """What a solver is asked: the cheapest schedule with a peak of at most budget_bytes.
 
     starts: schedules to begin from; they need not fit. deadline: in time.monotonic() seconds. limit_s: seconds from the start
-    of the whole to the deadline.
+    of the whole to the deadline. bound_s: extra time below which nothing is to be found.
     """
 
     problem: Problem
@@ -47,6 +47,7 @@ class Task:
     deadline: float = float("inf")
     progress: Progress | None = None
     limit_s: float = 60.0
+    bound_s: float = 0.0
 
     @property
     def out_of_time(self) -> bool:

@@ -33,6 +33,7 @@ RUNS_X_STAGES, LEAST_RUNS = 900, 2  # as many of FRESH begin a search, by the nu
 MOST_FOR_FRESH = 600  # stages above which annealing from the advice sees too little to beat packing it
 PACKED = 2  # of a round's best, one for each of two processes
 MOST_ROUNDS = 12
+NEAR = 0.05  # over the bound: one more round is enough
 WORTHWHILE = 5e-3  # of the extra time: a round that saves less is idle
 IDLE_ROUNDS_S = 60.0  # of the time limit that allow one idle round: who gives ten minutes gets ten rounds beyond the best
 SQUEEZE_WEIGHT = 10.0  # what a byte too many weighs when only bytes matter
@@ -97,27 +98,31 @@ def better(incumbents: list[Incumbent]) -> Incumbent:
 
 
 def _rounds(task: Task, compiled: Compiled, budget_bytes: int, pool: Pool, log: list[str], insist: bool) -> Incumbent:
-    """First from the relaxation's advice, several ways; then from the best so far, as long as that saves anything."""
+    """Packing, rounds from the relaxation's advice, then from the best so far: as long as they save anything."""
     advice = hint(compiled, budget_bytes, task.deadline)
     fresh = Run(task.problem, budget_bytes, advice, effort(compiled), 0)
     first = first_states(task, compiled, budget_bytes)
     packed = pool.run_all(_packs(fresh, [advice, first.desired or first.smallest]), task.deadline, task.progress)
     best = better([first, *packed])
     log.append("search: packed " + ", ".join(_in_percent(task, i) for i in packed))
-    if best.desired is None or len(compiled.stages) <= MOST_FOR_FRESH:
-        best = better([best, _round(task, _varied(fresh), pool, log)])
-    if best.desired is None and insist:
-        best = squeeze(task, compiled, budget_bytes, best, pool)
-    if best.desired is None:
-        log.append(f"search: nothing that fits; least peak met {best.smallest_bytes:,} bytes")
-    idle, patience = 0, max(1, int(task.limit_s / IDLE_ROUNDS_S))
-    for number in range(1, MOST_ROUNDS * patience):
-        if best.desired is None or best.stopped or idle == patience:
+    first_rounds, patience = _varied(fresh), max(1, int(task.limit_s / IDLE_ROUNDS_S))
+    if best.time_s <= task.bound_s * (1 + NEAR):
+        first_rounds, patience = first_rounds[:1], min(1, patience - 1)
+    elif len(compiled.stages) > MOST_FOR_FRESH and best.desired is not None:
+        first_rounds = []
+    idle = 0
+    for number in range(MOST_ROUNDS * max(1, patience)):
+        if best.desired is None and number == len(first_rounds):
+            best = squeeze(task, compiled, budget_bytes, best, pool) if insist else best
+        if best.stopped or (number >= len(first_rounds) and (idle >= patience or best.desired is None)):
             break
         before_s, seed = best.time_s, number * len(FRESH)
-        run = replace(fresh, desired=best.desired, seed=seed, hot=REHEATS[number % len(REHEATS)])
-        best = better([best, _round(task, _seeds(run), pool, log)])
-        idle = idle + 1 if best.time_s > before_s * (1 - WORTHWHILE) else 0
+        reheated = replace(fresh, desired=best.desired, seed=seed, hot=REHEATS[number % len(REHEATS)])
+        runs = first_rounds[number] if number < len(first_rounds) else _seeds(reheated)
+        best = better([best, _round(task, runs, pool, log)])
+        idle = idle + 1 if number >= len(first_rounds) and best.time_s > before_s * (1 - WORTHWHILE) else 0
+    if best.desired is None:
+        log.append(f"search: nothing that fits; least peak met {best.smallest_bytes:,} bytes")
     return best
 
 
@@ -148,9 +153,11 @@ def _seeds(run: Run) -> list[Run]:
     return [replace(run, seed=run.seed + k) for k in range(SEEDS)]
 
 
-def _varied(run: Run) -> list[Run]:
+def _varied(run: Run) -> list[list[Run]]:
+    """The rounds that begin from the advice, as many as the number of stages allows."""
     count = min(len(FRESH), RUNS_X_STAGES // len(compile_problem(run.problem).stages))
     if run.problem.encoders:  # the step without implementations was searched before, and is among the starts
         count //= 2
-    count = max(LEAST_RUNS, count)
-    return [replace(run, seed=run.seed + k, hot=hot, weight=weight) for k, (hot, weight) in enumerate(FRESH[:count])]
+    varied = FRESH[: max(LEAST_RUNS, count)]
+    runs = [replace(run, seed=run.seed + k, hot=hot, weight=weight) for k, (hot, weight) in enumerate(varied)]
+    return [runs[k : k + SEEDS] for k in range(0, len(runs), SEEDS)]
