@@ -26,7 +26,7 @@ from torch.nn.parameter import is_lazy
 
 from .codegen.operators import own
 from .errors import CaptureError
-from .fake_kernels import FakeTensorMode, fake_mode_of
+from .fake_kernels import FakeCopies, FakeTensorMode, fake_mode_of
 from .graph_meta import is_backward, source_of
 from .roles import assign_roles
 from .torch_internals import (
@@ -169,21 +169,17 @@ def _fake_state(mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _fake_inputs(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """The inputs as fake tensors on the module's device, with shapes, strides and requires_grad as given."""
+    """The inputs as fake tensors on the module's device, with shapes, strides, storages and requires_grad as given."""
     tensors = [
         t for t in (*module.parameters(), *module.buffers(), *pytree.tree_leaves((args, kwargs))) if isinstance(t, torch.Tensor)
     ]
     device = next((t.device for t in tensors if not t.is_meta), torch.device("cpu"))
     mode = next((t.fake_mode for t in tensors if isinstance(t, FakeTensor)), None) or FakeTensorMode()
+    copies = FakeCopies(mode, meta_as=device)
 
     def fake(leaf):
-        if not isinstance(leaf, torch.Tensor) or (isinstance(leaf, FakeTensor) and leaf.fake_mode is mode):
-            return leaf
-        with mode:
-            made = torch.empty_strided(
-                leaf.shape, leaf.stride(), dtype=leaf.dtype, device=device if leaf.is_meta else leaf.device
-            )
-        return made.requires_grad_(leaf.requires_grad)
+        is_ours = not isinstance(leaf, torch.Tensor) or (isinstance(leaf, FakeTensor) and leaf.fake_mode is mode)
+        return leaf if is_ours else copies.convert(leaf)
 
     return pytree.tree_map(fake, (args, kwargs))
 
