@@ -128,7 +128,11 @@ def _planning_options(parser: argparse.ArgumentParser) -> None:
 def _plan_options(parser: argparse.ArgumentParser) -> None:
     _model_options(parser)
     _planning_options(parser)
-    parser.add_argument("--budget", required=True, help="peak: 4GiB, bytes, a fraction of the plain one, min or none")
+    asked = parser.add_mutually_exclusive_group(required=True)
+    asked.add_argument("--budget", help="peak: 4GiB, bytes, a fraction of the plain one, min or none")
+    asked.add_argument(
+        "--max-overhead", type=_overhead, metavar="X", help="or the least peak at this extra time: 0.1 is ten percent"
+    )
     parser.add_argument("--solver", default="auto", help="which solver (%(default)s)")
     parser.add_argument("--save", metavar="FILE", help='keep the plan, for `fxmem show` and transform(..., plan="FILE")')
 
@@ -172,6 +176,10 @@ def _number(kind: Callable, least: float, text: str, words: str):
 
 def _positive(text: str) -> int:
     return _number(int, 1, text, "one or more")
+
+
+def _overhead(text: str) -> float:
+    return _number(float, 0, text, "zero or more")
 
 
 def _seconds(text: str) -> float:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from .errors import MeasureError
-from .fake_kernels import FakeTensorMode
+from .fake_kernels import FakeCopies, FakeTensorMode
 from .measuring import backward_roots
 from .torch_internals import TorchDispatchMode, pytree
 
@@ -67,7 +67,7 @@ def eager_timeline(
         FakeTensorMode(allow_non_fake_inputs=True) as mode,
         torch.set_grad_enabled(not inference),
     ):
-        fakes = _Fakes(mode)
+        fakes = FakeCopies(mode)
         parameters = {name: fakes.convert(p) for name, p in module.named_parameters()}
         buffers = {name: fakes.convert(b) for name, b in module.named_buffers()}
         inputs = pytree.tree_map_only(torch.Tensor, fakes.convert, (args, kwargs or {}))
@@ -164,37 +164,6 @@ class _Ledger(TorchDispatchMode):
             op_names=tuple(name for name, _ in self._records),
             num_forward=self._num_forward,
         )
-
-
-class _Fakes:
-    """Fake copies of real, meta or foreign fake tensors: leaves of their own, which share storages where the given ones do."""
-
-    def __init__(self, mode: FakeTensorMode):
-        self._mode = mode
-        self._flat: dict[tuple, torch.Tensor] = {}
-        self._made: dict[int, torch.Tensor] = {}
-
-    def convert(self, tensor: torch.Tensor) -> torch.Tensor:
-        if id(tensor) not in self._made:
-            flat = self._storage(tensor)
-            with self._mode, torch.no_grad():
-                view = torch.as_strided(flat, tensor.shape, tensor.stride(), tensor.storage_offset())
-                self._made[id(tensor)] = view.detach().requires_grad_(tensor.requires_grad)
-        return self._made[id(tensor)]
-
-    def forget(self) -> None:
-        """Let go of what was made, so that it lives only as long as the step needs it."""
-        self._flat.clear()
-        self._made.clear()
-
-    def _storage(self, tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        key = storage._cdata, tensor.dtype
-        if key not in self._flat:
-            device = torch.device("cpu") if tensor.device.type == "meta" else tensor.device
-            with self._mode:
-                self._flat[key] = torch.empty(storage.nbytes() // tensor.element_size(), dtype=tensor.dtype, device=device)
-        return self._flat[key]
 
 
 def _tensors(tree: Any) -> list[torch.Tensor]:

@@ -26,7 +26,7 @@ from torch.nn.parameter import is_lazy
 
 from .codegen.operators import own
 from .errors import CaptureError
-from .fake_kernels import FakeTensorMode, fake_mode_of
+from .fake_kernels import FakeCopies, FakeTensorMode, fake_mode_of
 from .graph_meta import is_backward, source_of
 from .roles import assign_roles
 from .torch_internals import (
@@ -35,6 +35,7 @@ from .torch_internals import (
     dynamo_graph,
     joint_graph,
     pytree,
+    quiet_tracing,
     restore_rng,
 )
 
@@ -173,21 +174,17 @@ def _fake_state(mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _fake_inputs(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """The inputs as fake tensors on the module's device, with shapes, strides and requires_grad as given."""
+    """The inputs as fake tensors on the module's device, with shapes, strides, storages and requires_grad as given."""
     tensors = [
         t for t in (*module.parameters(), *module.buffers(), *pytree.tree_leaves((args, kwargs))) if isinstance(t, torch.Tensor)
     ]
     device = next((t.device for t in tensors if not t.is_meta), torch.device("cpu"))
     mode = next((t.fake_mode for t in tensors if isinstance(t, FakeTensor)), None) or FakeTensorMode()
+    copies = FakeCopies(mode, meta_as=device)
 
     def fake(leaf):
-        if not isinstance(leaf, torch.Tensor) or (isinstance(leaf, FakeTensor) and leaf.fake_mode is mode):
-            return leaf
-        with mode:
-            made = torch.empty_strided(
-                leaf.shape, leaf.stride(), dtype=leaf.dtype, device=device if leaf.is_meta else leaf.device
-            )
-        return made.requires_grad_(leaf.requires_grad)
+        is_ours = not isinstance(leaf, torch.Tensor) or (isinstance(leaf, FakeTensor) and leaf.fake_mode is mode)
+        return leaf if is_ours else copies.convert(leaf)
 
     return pytree.tree_map(fake, (args, kwargs))
 
@@ -285,9 +282,16 @@ def _refusal(module: nn.Module, error: Exception) -> str:
     failed = re.search(r"Dynamo failed to run FX node with fake tensors: (.*?)\(\*.*got \w+\((['\"])(.+?)\2\)", text)
     if failed:
         return f"{type(module).__name__} fails on tensors like the example inputs: {failed[3]} (in {failed[1]})"
-    reason = " ".join(line.strip() for line in text.splitlines()[:4] if line.strip())
+    checked = re.search(r"with_effects.*While executing %(\w+).*?target=(?:torch\._C\._linalg\.)?([\w.]+)\]", text, re.DOTALL)
     own_frames = [f for f in re.findall(r'File "([^"]+)", line (\d+), in (\w+)', text) if "/torch/" not in f[0]]
     where = f" (at {own_frames[-1][0]}:{own_frames[-1][1]}, in {own_frames[-1][2]})" if own_frames else ""
+    if checked:
+        return (
+            f"node {checked[1]!r}{where} calls {checked[2]}, which stops the step where its result is wrong; a graph cannot: "
+            "call the form that returns an error code instead (torch.linalg.inv_ex, cholesky_ex, solve_ex), or transform the "
+            "submodules around it one by one"
+        )
+    reason = " ".join(line.strip() for line in text.splitlines()[:4] if line.strip())
     hint = "fxmem needs the whole module as one graph: rewrite the line, or transform the submodules around it one by one"
     if "unrecognized type UserDefinedObjectVariable" in text:
         hint = (
@@ -360,8 +364,6 @@ def _aot(graph_module: fx.GraphModule, args: tuple, kwargs: dict) -> tuple[fx.Gr
     for node in joint.graph.find_nodes(op="call_function", target=torch.ops.aten.detach.default):
         node.replace_all_uses_with(node.args[0])  # autograd's business, and there is none in this graph
         joint.graph.erase_node(node)
-    for node in joint.graph.find_nodes(op="call_function", target=own):
-        node.target = torch.ops.aten.alias.default
     for node in joint.graph.nodes:
         # The backward of a user's own autograd Function carries no tag: what needs an incoming gradient is of the backward.
         tagged = node.meta.get("partitioner_tag") == "is_backward"
@@ -374,7 +376,8 @@ def _aot(graph_module: fx.GraphModule, args: tuple, kwargs: dict) -> tuple[fx.Gr
 def _refusing(module: nn.Module) -> Iterator[None]:
     """Turn whatever PyTorch raises while it traces into a CaptureError in the user's terms."""
     try:
-        yield
+        with quiet_tracing():
+            yield
     except CaptureError:
         raise
     except Exception as error:

@@ -41,10 +41,8 @@ def demo(options: argparse.Namespace) -> None:
 def plan(options: argparse.Namespace) -> None:
     """Plan a model without making it: on fake tensors of the device, or on meta ones for a device that is not here."""
     module, args, kwargs = _planned_for(options)
-    budget = budget_from_text(options.budget)
-    made = api.plan(
-        module, args, kwargs, budget=budget, cost=_cost(options), solver=options.solver, time_limit_s=options.time_limit
-    )
+    asked = {"max_overhead": options.max_overhead} if options.budget is None else {"budget": budget_from_text(options.budget)}
+    made = api.plan(module, args, kwargs, **asked, cost=_cost(options), solver=options.solver, time_limit_s=options.time_limit)
     _print(made, _numbers(made), options.json)
     if options.save:
         made.save(options.save)

@@ -23,6 +23,7 @@ from .errors import PlanError, ProblemError
 from .problem import Operator, Problem, Storage
 from .schedule import Schedule, simulate
 from .solvers import Solution
+from .typed import wrongly_typed
 
 if TYPE_CHECKING:
     from .decisions import Plan
@@ -74,9 +75,13 @@ def load_plan(path: str | os.PathLike) -> Plan:
             f"{path} has format {given!r}, and this version of fxmem reads format {FORMAT}: plan anew, and save that"
         )
     try:
-        return plan_from_data(data)
+        plan = plan_from_data(data)
+        wrong = next(wrongly_typed(plan, type(plan), ""), None)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, ProblemError) as error:
         raise PlanError(f"{path} is damaged ({type(error).__name__}: {error}): plan anew, and save that") from error
+    if wrong:
+        raise PlanError(f"{path} is damaged ({wrong}): plan anew, and save that")
+    return plan
 
 
 def plan_to_data(plan: Plan) -> dict[str, Any]:

@@ -19,6 +19,7 @@ memory_viz          from memory snapshots to text and pages           torch.cuda
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 import sys
@@ -171,6 +172,17 @@ def _own_kernels() -> Iterator[None]:
         for operator, key, kernel in taken:
             operator.py_kernels[key] = kernel
             operator._dispatch_cache.clear()
+
+
+@contextlib.contextmanager
+def quiet_tracing() -> Iterator[None]:
+    """Inside, fake tensors do not log what they raise: whoever catches it says it."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def saved_by_partitioner(joint: fx.GraphModule, forward_outputs: int, fraction: float) -> set[str]:

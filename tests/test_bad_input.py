@@ -250,6 +250,22 @@ def test_a_function_of_ones_own_keeps_its_gradient_or_is_refused():
     assert_same([p.grad for p in plain.parameters()], [p.grad for p in planned.parameters()])
 
 
+class Inverse(Linear):
+    def forward(self, x):
+        return torch.linalg.inv(self.lin(x)).sum()
+
+
+def test_checked_linear_algebra_names_the_unchecked_form():
+    with pytest.raises(fxmem.CaptureError, match=r"node 'linalg_inv' \(at .*test_bad_input.py:\d+.*torch.linalg.inv_ex"):
+        transform(Inverse(), (torch.randn(8, 8),))
+
+
+def test_a_refusal_is_said_once(caplog):
+    with pytest.raises(fxmem.CaptureError, match="same reduction dim"):
+        transform(nn.Linear(4, 4), (torch.randn(2, 5),))
+    assert not caplog.records
+
+
 def test_recurrent_layers_in_a_traced_graph():
     with refused(module := torch.fx.symbolic_trace(Fused()), fxmem.CaptureError, "'lstm'", "LSTMCell"):
         transform(module, X)

@@ -3,8 +3,10 @@
 import pytest
 import torch
 from helpers.models import ConvNet, Counter, NestedInputs, Transformer, TwoHeads
+from helpers.steps import transform
 from torch import nn
 
+import fxmem
 from fxmem.capture import capture, example_inputs_of
 from fxmem.errors import CaptureError
 from fxmem.graph_meta import module_of, source_of
@@ -119,3 +121,31 @@ def test_example_inputs_of_a_traced_module():
     torch.fx.passes.shape_prop.ShapeProp(module).propagate(*ROWS)
     (found,) = example_inputs_of(module)
     assert found.shape == (4, 8) and found.dtype == torch.float32
+
+
+def two_rows():
+    whole = torch.randn(6, 4)
+    return whole[:2], whole[2:4]
+
+
+@pytest.mark.parametrize(
+    ("args", "size_bytes"),
+    [
+        (lambda: (torch.randn(20, 4)[:2],), [320]),  # the storage lives as long as its slice
+        (two_rows, [96]),  # one storage behind both
+        (lambda: (torch.randn(2, 4), torch.randn(2, 4)), [32, 32]),
+    ],
+)
+def test_storages_of_inputs_count_whole_and_once(args, size_bytes):
+    class Total(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(4))
+
+        def forward(self, *rows):
+            return sum((row * self.scale).sum() for row in rows)
+
+    args = args()
+    planned = transform(Total(), args, cost="measured")
+    assert [s.size_bytes for s in planned.plan.problem.storages if s.kind == "input" and s.size_bytes > 4] == size_bytes
+    assert fxmem.measure(planned, args).peak_bytes == planned.plan.predicted_peak_bytes

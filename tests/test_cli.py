@@ -33,6 +33,7 @@ def test_what_the_user_can_mend_is_one_line_and_exit_code_2(options, words, caps
     [
         [], ["nothing"], ["demo", "--steps", "0"], ["demo", "--batch", "x"], ["plan"], ["plan", "a:b"], ["show"],
         ["frontier", "a:b", "--points", "0"], ["plan", "a:b", "--budget", "min", "--time-limit", "-1"],
+        ["plan", "a:b", "--max-overhead", "-1"], ["plan", "a:b", "--max-overhead", "0.1", "--budget", "min"],
     ],
 )  # fmt: skip
 def test_usage_errors(arguments, capsys):
@@ -88,6 +89,12 @@ def test_plan_in_numbers(capsys):
     numbers = json.loads(capsys.readouterr().out)
     assert numbers["cost"] == "H100" and numbers["predicted_peak_bytes"] < numbers["baseline_peak_bytes"]
     assert sum(numbers["peak_by_kind"].values()) == numbers["predicted_peak_bytes"]
+
+
+def test_plan_for_an_overhead(capsys):
+    assert main(["plan", *MODEL, "--max-overhead", "0", "--device-model", "H100", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["predicted_overhead"] == 0 and found["predicted_peak_bytes"] <= found["baseline_peak_bytes"]
 
 
 def test_inputs_by_name(capsys):

@@ -251,3 +251,18 @@ def test_a_file_that_does_not_parse_names_its_line(tmp_path, text, message):
 def test_a_file_without_a_solution_has_no_offsets():
     with pytest.raises(OffsetError, match="has no column 'offset'"):
         read_offsets(FOLDER / "A.1048576.csv")
+
+
+def test_files_that_are_no_csv(tmp_path):
+    with pytest.raises(OffsetError, match="none.csv cannot be read: No such file"):
+        read_csv(tmp_path / "none.csv")
+    for content in (b"\x89PNG\xff\xfe", b"id,lower,upper,size\n\x00\xff"):
+        (tmp_path / "binary.csv").write_bytes(content)
+        with pytest.raises(OffsetError, match="binary.csv is no CSV"):
+            read_csv(tmp_path / "binary.csv")
+
+
+@pytest.mark.parametrize("use", [max_live, plan_offsets, lambda given: verify(given, [0], 8)])
+def test_what_are_no_intervals(use):
+    with pytest.raises(OffsetError, match=r"\(0, 3, 4\) was given; intervals are needed: Interval\(id, begin"):
+        use([(0, 3, 4)])

@@ -1,8 +1,10 @@
 """Plans as files: written, read, followed without solving, and refused where they do not fit."""
 
 import copy
+import functools
 import json
 import logging
+import operator
 
 import pytest
 import torch
@@ -144,6 +146,28 @@ def test_a_spoilt_file_is_refused(path, spoil, words):
     spoil(data)
     path.write_text(json.dumps(data))
     with pytest.raises(fxmem.PlanError, match=words):
+        fxmem.load_plan(path)
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "words"),
+    [
+        (("model",), 5, r"model is 5; it must be str"),
+        (("budget_bytes",), "many", r"budget_bytes is 'many'; it must be int \| None"),
+        (("capture_time_s",), None, r"capture_time_s is None; it must be float"),
+        (("baseline_by_kind", "input"), True, r"baseline_by_kind\['input'\] is True; it must be int"),
+        (("asked", "fraction"), "half", r"asked.fraction is 'half'; it must be float \| None"),
+        (("storages", 3, 1), 7.5, r"problem.storages\[3\].size_bytes is 7.5; it must be int"),
+        (("operators", 0, "name"), 1, r"problem.operators\[0\].name is 1; it must be str"),
+        (("origin", "inputs", 0), ["x"], r"origin.inputs\[0\] is \('x',\); it must be tuple\[str, str\]"),
+    ],
+)
+def test_a_field_of_another_type_is_refused(path, where, value, words):
+    data = json.loads(path.read_text())
+    *outer, last = where
+    functools.reduce(operator.getitem, outer, data)[last] = value
+    path.write_text(json.dumps(data))
+    with pytest.raises(fxmem.PlanError, match=f"damaged .*{words}"):
         fxmem.load_plan(path)
 
 

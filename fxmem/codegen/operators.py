@@ -35,10 +35,17 @@ _library.impl("dropout_apply_", _dropout_apply_, "CompositeExplicitAutograd")
 dropout_apply = torch.ops.fxmem.dropout_apply.default
 INPLACE_FORMS[dropout_apply] = InplaceForm(torch.ops.fxmem.dropout_apply_.default)
 
+
+def _own(value: torch.Tensor) -> torch.Tensor:
+    """The same bytes with the same strides, under a tensor that neither tracing nor autograd takes for a view."""
+    return value.new_empty(0).set_(value.untyped_storage(), value.storage_offset(), value.shape, value.stride())
+
+
 _library.define("own(Tensor value) -> Tensor")
-_library.impl("own", torch.ops.aten.alias.default, "CompositeExplicitAutograd")
+_library.impl("own", _own, "CompositeExplicitAutograd")
+_library.impl("own", torch.ops.aten.alias.default, "Meta")
 torch.library.register_autograd("fxmem::own", lambda _, gradient: gradient, lib=_library)
-own = torch.ops.fxmem.own.default  # shows the same bytes with the same strides, but does not say so to tracing
+own = torch.ops.fxmem.own.default
 
 
 @torch.fx.wrap

@@ -6,10 +6,12 @@ and for the one after it in others, so these are refused; so are `gaps` in a lif
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import os
 import pathlib
 from collections.abc import Iterator, Sequence
+from typing import TextIO
 
 from ..errors import OffsetError
 from .intervals import Interval, check_intervals
@@ -66,7 +68,7 @@ def write_csv(path: Path, intervals: Sequence[Interval], offsets: Sequence[int] 
 
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     """Each row's line in the file, and its fields by column."""
-    with pathlib.Path(path).open(newline="") as file:
+    with _reading(path) as file:
         reader = csv.reader(file)
         names = [name.strip() for name in next(reader, [])]
         _check_columns(path, names)
@@ -78,6 +80,17 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
                 )
             if fields:
                 yield reader.line_num, dict(zip(names, (f.strip() for f in fields), strict=True))
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[TextIO]:
+    try:
+        with pathlib.Path(path).open(newline="", encoding="utf-8") as file:
+            yield file
+    except OSError as error:
+        raise OffsetError(f"{os.fspath(path)} cannot be read: {error.strerror}") from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise OffsetError(f"{os.fspath(path)} is no CSV: {error}") from error
 
 
 def _check_columns(path: Path, names: list[str]) -> None:

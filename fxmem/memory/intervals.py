@@ -82,7 +82,8 @@ class Sections:
 
 
 def max_live(intervals: Sequence[Interval]) -> MaxLive:
-    """The most bytes alive at once: the lower bound of every arena."""
+    """The most bytes alive at once: the lower bound of every arena. OffsetError for what are no intervals."""
+    check_intervals(intervals)
     sections = Sections(intervals)
     if not sections.count:
         return MaxLive(0, 0, ())
@@ -95,6 +96,8 @@ def check_intervals(intervals: Sequence[Interval]) -> None:
     """Refuse what cannot be placed, by value: OffsetError."""
     seen: set[str] = set()
     for interval in intervals:
+        if not isinstance(interval, Interval):
+            raise OffsetError(f"{interval!r} was given; intervals are needed: Interval(id, begin, end, size_bytes)")
         who = f"interval {interval.id!r}"
         for name in ("begin", "end", "size_bytes", "alignment"):
             value = getattr(interval, name)

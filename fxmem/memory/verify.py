@@ -9,15 +9,16 @@ from bisect import bisect_left
 from collections.abc import Sequence
 
 from ..errors import PlacementError
-from .intervals import Interval
+from .intervals import Interval, check_intervals
 
 
 def verify(intervals: Sequence[Interval], offsets: Sequence[int], arena_bytes: int) -> None:
     """Check that no two buffers alive at once overlap, and that each is aligned and, where it is ever alive, within
     [0, arena_bytes).
 
-    Raises PlacementError, which names the buffers, their bytes and the moment.
+    Raises PlacementError, which names the buffers, their bytes and the moment, and OffsetError for what are no intervals.
     """
+    check_intervals(intervals)
     if len(intervals) != len(offsets):
         raise PlacementError(f"{len(offsets)} offsets were given for {len(intervals)} intervals; each needs one")
     for interval, offset in zip(intervals, offsets, strict=True):

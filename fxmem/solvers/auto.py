@@ -1,8 +1,8 @@
 """The default: the methods of others, search, a lower bound, and where these do not meet on a small graph, the exact program.
 
 The methods of others take little time, are starts for the search, and are judged beside it: the answer is never worse than
-theirs. Where there are operator implementations to choose from, the step without them is searched first, so that the answer
-is never worse than that either. The exact program begins from what the search found, as an upper limit on its cost. Whatever
+theirs. Where there are operator implementations to choose from, the step without them is searched first, in short, and is one
+of the starts. The exact program begins from what the search found, as an upper limit on its cost. Whatever
 fails, the best schedule of the others is the answer, and the log tells.
 """
 
@@ -75,8 +75,7 @@ def _plainly(task: Task, log: list[str]) -> tuple[list[Schedule], bool]:
         return [], False
     now = time.monotonic()
     alone = replace(task, problem=problem, starts=(), deadline=now + (task.deadline - now) / 2)
-    alone = replace(alone, bound_s=lower_bound(compile_problem(problem), task.budget_bytes, alone.deadline, []))
-    answer = search(alone, insist=False)
+    answer = search(alone, thorough=False)
     log += (f"without implementations: {line}" for line in answer.log)
     found = [] if answer.schedule is None else [Schedule(tuple(kept[p] for p in answer.schedule.steps))]
     return found, answer.stopped and not alone.out_of_time

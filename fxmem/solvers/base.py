@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
+from ..budget import format_bytes
 from ..errors import FxmemError, InfeasibleBudgetError
 from ..problem import Problem
 from ..schedule import Schedule, Timeline, plain_schedule, simulate
@@ -131,10 +132,11 @@ def infeasible(problem: Problem, budget_bytes: int, least: Schedule) -> Infeasib
     largest = sorted(_alive_during(problem, least, step), key=lambda s: -problem.storages[s].size_bytes)[:5]
     holders = ", ".join(f"{problem.storages[s].name} ({problem.storages[s].size_bytes:,} bytes)" for s in largest)
     kinds = ", ".join(f"{kind} {size:,}" for kind, size in timeline.peak_by_kind.items() if size)
+    asked, least_peak = (f"{n:,} bytes ({format_bytes(n)})" for n in (budget_bytes, timeline.peak_bytes))
     message = (
-        f"no schedule was found within a budget of {budget_bytes:,} bytes; the least peak that is reached is "
-        f"{timeline.peak_bytes:,} bytes, at operator {where!r}. What takes the room there, in bytes: {kinds}; the largest "
-        f"storages: {holders or 'none'}. Ask for at least {timeline.peak_bytes:,} bytes, or for budget='min'"
+        f"no schedule was found within a budget of {asked}; the least peak that is reached is {least_peak}, at operator "
+        f"{where!r}. What takes the room there, in bytes: {kinds}; the largest storages: {holders or 'none'}. "
+        f"Ask for at least {timeline.peak_bytes:,} bytes, or for budget='min'"
     )
     return InfeasibleBudgetError(message, budget_bytes, timeline.peak_bytes)
 

@@ -42,12 +42,13 @@ ATTEMPTS = 3
 
 
 @register_solver("search")
-def search(task: Task, insist: bool = True) -> Answer:
-    """Rounds of annealing; no schedule where nothing that fits was met. insist: before that, look for the least peak."""
+def search(task: Task, thorough: bool = True) -> Answer:
+    """Rounds of annealing; no schedule where nothing that fits was met. thorough: not before looking for the least peak; otherwise
+    one round is enough."""
     compiled, budget_bytes, log = compile_problem(task.problem), task.budget_bytes, []
     for _ in range(ATTEMPTS):
         with Pool(len(compiled.stages)) as pool:
-            best = _rounds(task, compiled, budget_bytes, pool, log, insist)
+            best = _rounds(task, compiled, budget_bytes, pool, log, thorough)
         if best.desired is None:
             return Answer(None, stopped=best.stopped, log=tuple(log))
         schedule = State(compiled, budget_bytes, list(best.desired)).schedule()
@@ -97,7 +98,7 @@ def better(incumbents: list[Incumbent]) -> Incumbent:
     return Incumbent(cheapest.desired, cheapest.time_s, smallest.smallest, smallest.smallest_bytes, stopped)
 
 
-def _rounds(task: Task, compiled: Compiled, budget_bytes: int, pool: Pool, log: list[str], insist: bool) -> Incumbent:
+def _rounds(task: Task, compiled: Compiled, budget_bytes: int, pool: Pool, log: list[str], thorough: bool) -> Incumbent:
     """Packing, rounds from the relaxation's advice, then from the best so far: as long as they save anything."""
     advice = hint(compiled, budget_bytes, task.deadline)
     fresh = Run(task.problem, budget_bytes, advice, effort(compiled), 0)
@@ -106,14 +107,14 @@ def _rounds(task: Task, compiled: Compiled, budget_bytes: int, pool: Pool, log: 
     best = better([first, *packed])
     log.append("search: packed " + ", ".join(_in_percent(task, i) for i in packed))
     first_rounds, patience = _varied(fresh), max(1, int(task.limit_s / IDLE_ROUNDS_S))
-    if best.time_s <= task.bound_s * (1 + NEAR):
+    if not thorough or best.time_s <= task.bound_s * (1 + NEAR):
         first_rounds, patience = first_rounds[:1], min(1, patience - 1)
     elif len(compiled.stages) > MOST_FOR_FRESH and best.desired is not None:
         first_rounds = []
     idle = 0
     for number in range(MOST_ROUNDS * max(1, patience)):
         if best.desired is None and number == len(first_rounds):
-            best = squeeze(task, compiled, budget_bytes, best, pool) if insist else best
+            best = squeeze(task, compiled, budget_bytes, best, pool) if thorough else best
         if best.stopped or (number >= len(first_rounds) and (idle >= patience or best.desired is None)):
             break
         before_s, seed = best.time_s, number * len(FRESH)
