@@ -43,8 +43,10 @@ ATTEMPTS = 3
 
 @register_solver("search")
 def search(task: Task, thorough: bool = True) -> Answer:
-    """Rounds of annealing; no schedule where nothing that fits was met. thorough: not before looking for the least peak; otherwise
-    one round is enough."""
+    """Rounds of annealing; no schedule where nothing that fits was met.
+
+    thorough: as many as are worth it, and where nothing fits, looking for the least peak; otherwise one.
+    """
     compiled, budget_bytes, log = compile_problem(task.problem), task.budget_bytes, []
     for _ in range(ATTEMPTS):
         with Pool(len(compiled.stages)) as pool:
