@@ -31,6 +31,10 @@ class FakeTensorMode(TorchFakeTensorMode):
         made = super().dispatch(func, types, taken, kwargs)
         if func is aten.col2im.default:
             return self._shrunk(made, args[0].numel())
+        if func is aten._embedding_bag.default:
+            result, bag_of, bag_sizes, *rest = made
+            longer = bag_of.numel() and bag_of.numel() + 1  # it is made with one more, which is then cut off
+            return result, self._shrunk(bag_of, longer), self._shrunk(bag_sizes, args[2].numel()), *rest
         kwargs = kwargs or {}
         if func in VIEWS:
             return self._viewed(made, args[0])

@@ -214,6 +214,17 @@ def test_a_fold_keeps_the_room_of_what_it_folded():
     assert fxmem.measure(planned, (x,)).peak_bytes == planned.plan.predicted_peak_bytes
 
 
+@pytest.mark.parametrize("include_last", [False, True])
+@pytest.mark.parametrize("mode", [0, 1, 2])
+def test_the_results_of_an_embedding_bag_keep_their_room(mode, include_last):
+    args = torch.rand(20, 8), torch.randint(0, 20, (12,)), torch.tensor([0, 4, 9]), False, mode, False, None, include_last
+    fake_mode = FakeTensorMode()
+    with fake_mode:
+        fake = aten._embedding_bag.default(*pytree.tree_map_only(torch.Tensor, fake_mode.from_tensor, args))
+    for expected, found in zip(aten._embedding_bag.default(*args), fake, strict=True):
+        assert (expected.shape, expected.untyped_storage().nbytes()) == (found.shape, found.untyped_storage().nbytes())
+
+
 NORMS = {"batch": lambda: nn.BatchNorm2d(4), "group": lambda: nn.GroupNorm(2, 4), "layer": lambda: nn.LayerNorm(12)}
 
 
