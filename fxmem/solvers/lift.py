@@ -14,9 +14,9 @@ from .bound import Relaxation
 from .stages import Compiled
 
 MOST_VARIABLES = 600  # of the program with one window: some hundred operators; its integer program takes a second or less
-TRIES_PER_MINUTE = 16  # of the time limit, so that the bound does not depend on how fast the machine is
+TRIES_PER_MINUTE = 8  # of the time limit, so that the bound does not depend on how fast the machine is
 MOST_NODES = 300
-GRID = 12
+GRID = 6
 WORTHWHILE = 1e-3
 
 

@@ -25,7 +25,7 @@ from .moves import Moves
 from .stages import members
 from .state import State
 
-RANDOM_X_STAGES, LEAST_RANDOM, MOST_RANDOM = 300_000, 400, 1_500  # random moves, by the number of stages
+RANDOM_X_STAGES, LEAST_RANDOM, MOST_RANDOM = 200_000, 400, 700  # random moves, by the number of stages
 MOST_ROUNDS = 8
 ATTEMPTS = 3
 MOST_NODES = 200

@@ -19,7 +19,7 @@ from pathlib import Path
 from .annealing import Incumbent, Run, anneal
 from .base import Progress
 
-WORTHWHILE_S = 5.0  # the second process takes a few seconds to start
+WORTHWHILE_S = 3.0  # the second process takes a few seconds to start
 MOVE_STAGE_S = 2e-6  # seconds of one move, for each stage of the backward
 PACK_MOVES = 10_000  # that packing takes as long as
 

@@ -24,7 +24,7 @@ from .segments import starting_states
 from .stages import Compiled, compile_problem
 from .state import State
 
-MOVES_X_STAGES, LEAST_MOVES, MOST_MOVES = 1_500_000, 2_000, 10_000
+MOVES_X_STAGES, LEAST_MOVES, MOST_MOVES = 1_000_000, 2_000, 8_000
 SEEDS = 2  # of a later round: one for each of two processes
 HOT, WARM, COOL = 5e-3, 1.5e-3, 5e-4  # temperatures at which runs begin, in fractions of the plain time
 REHEATS = (WARM, COOL)  # in turns
