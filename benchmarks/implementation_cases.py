@@ -63,15 +63,12 @@ class Residual(nn.Module):
         return torch.relu(self.two(x.clamp(-3, 3)) + torch.relu(self.one(x)))
 
 
-WIDE = 6000  # channels: chains of small tensors are not worth a compiler's time
 CASES: dict[str, Callable[[], nn.Module]] = {
     "layer_norm_output": lambda: Between(nn.Tanh(), LayerNorm(), nn.SiLU()),
     "group_norm_output": lambda: Between(nn.Tanh(), nn.GroupNorm(2, 4, affine=False), nn.SiLU()),
     "batch_norm_output": lambda: Between(nn.Tanh(), nn.BatchNorm2d(4, affine=False), nn.SiLU(), nn.InstanceNorm2d(4)),
-    "chain": lambda: Between(Residual(WIDE), channels=WIDE),
-    "chain_accurate": lambda: Between(
-        nn.GroupNorm(8, WIDE), nn.SiLU(), nn.Tanh(), LayerNorm(), nn.SiLU(), nn.Tanh(), channels=WIDE
-    ),
+    "chain": lambda: Between(Residual(8), channels=8),
+    "chain_accurate": lambda: Between(nn.GroupNorm(4, 8), nn.SiLU(), nn.Tanh(), LayerNorm(), nn.SiLU(), nn.Tanh(), channels=8),
     "chunked_cross_entropy": lambda: Between(CrossEntropy()),
     "batch_norm_statistics": lambda: Between(
         nn.Tanh(), nn.BatchNorm2d(4), nn.SiLU(), nn.BatchNorm2d(4, affine=False), nn.SiLU()

@@ -12,10 +12,17 @@ import fxmem
 from benchmarks.implementation_cases import CASES, images
 from fxmem.checking import force
 from fxmem.cost import MeasuredCost, OpCall, RooflineCost
-from fxmem.implementations import programs
+from fxmem.implementations import chains, programs
 from fxmem.prepared import prepare
 
 aten = torch.ops.aten
+
+
+@pytest.fixture(autouse=True)
+def chains_of_small_tensors(monkeypatch):
+    monkeypatch.setattr(chains, "LEAST_BYTES", 2000)
+
+
 NORM = "fxmem.batch_norm_again.default(x0, w1, w2, w3, w4)"
 
 
@@ -31,7 +38,7 @@ class Block(nn.Module):
         return self.act(self.two(self.b(self.act(self.one(self.a(x))))) + self.shortcut(x))
 
 
-def offered(module: nn.Module, exactness: str = "bitwise", pixels: int = 256) -> set[str]:
+def offered(module: nn.Module, exactness: str = "bitwise", pixels: int = 16) -> set[str]:
     """The programs of all chains, of tensors of `pixels` x `pixels` x 32 bytes."""
     model = nn.Sequential(nn.Conv2d(8, 8, 1), module, nn.Conv2d(8, 8, 1)).to("meta")
     x = torch.empty(1, 8, pixels, pixels, device="meta")
@@ -74,7 +81,7 @@ def test_which_chains_are_found(module, exactness, expected):
 
 
 def test_small_tensors_are_not_worth_a_compiler():
-    assert offered(Block(), pixels=128) == set()
+    assert offered(Block(), pixels=4) == set()
 
 
 def test_nothing_is_offered_where_no_code_can_be_generated(monkeypatch):

@@ -25,6 +25,7 @@ from fxmem.implementations import (
     Result,
     Rewrite,
     bits,
+    chains,
     choose_implementations,
     hardtanh,
     max_pool,
@@ -46,6 +47,7 @@ NOT_BITWISE = {  # and so offered nowhere
 @pytest.fixture(autouse=True)
 def operators_of_a_chain_one_by_one(monkeypatch):
     """A compiler takes seconds for each chain: see test_chains."""
+    monkeypatch.setattr(chains, "LEAST_BYTES", 1)
     monkeypatch.setattr(programs, "_trusted", {})
     monkeypatch.setattr(programs, "generates_code", lambda device: False)
 
