@@ -108,24 +108,25 @@ def _rounds(task: Task, compiled: Compiled, budget_bytes: int, pool: Pool, log: 
     packed = pool.run_all(_packs(fresh, [advice, first.desired or first.smallest]), task.deadline, task.progress)
     best = better([first, *packed])
     log.append("search: packed " + ", ".join(_in_percent(task, i) for i in packed))
-    first_rounds, patience = _varied(fresh), max(1, int(task.limit_s / IDLE_ROUNDS_S))
+    varied, patience = _varied(fresh), max(1, int(task.limit_s / IDLE_ROUNDS_S))
     if not thorough or best.time_s <= task.bound_s * (1 + NEAR):
-        first_rounds, patience = first_rounds[:1], min(1, patience - 1)
+        varied, patience = varied[:SEEDS], min(1, patience - 1)
     elif len(compiled.stages) > MOST_FOR_FRESH and best.desired is not None:
-        first_rounds = []
+        varied = []
+    if varied:
+        best = better([best, _round(task, varied, pool, log)])
+    if best.desired is None and thorough:
+        best = squeeze(task, compiled, budget_bytes, best, pool)
+    if best.desired is None:
+        log.append(f"search: nothing that fits; least peak met {best.smallest_bytes:,} bytes")
     idle = 0
-    for number in range(MOST_ROUNDS * max(1, patience)):
-        if best.desired is None and number == len(first_rounds):
-            best = squeeze(task, compiled, budget_bytes, best, pool) if thorough else best
-        if best.stopped or (number >= len(first_rounds) and (idle >= patience or best.desired is None)):
+    for number in range(1, MOST_ROUNDS * patience):
+        if best.desired is None or best.stopped or idle == patience:
             break
         before_s, seed = best.time_s, number * len(FRESH)
         reheated = replace(fresh, desired=best.desired, seed=seed, hot=REHEATS[number % len(REHEATS)])
-        runs = first_rounds[number] if number < len(first_rounds) else _seeds(reheated)
-        best = better([best, _round(task, runs, pool, log)])
-        idle = idle + 1 if number >= len(first_rounds) and best.time_s > before_s * (1 - WORTHWHILE) else 0
-    if best.desired is None:
-        log.append(f"search: nothing that fits; least peak met {best.smallest_bytes:,} bytes")
+        best = better([best, _round(task, _seeds(reheated), pool, log)])
+        idle = idle + 1 if best.time_s > before_s * (1 - WORTHWHILE) else 0
     return best
 
 
@@ -156,11 +157,10 @@ def _seeds(run: Run) -> list[Run]:
     return [replace(run, seed=run.seed + k) for k in range(SEEDS)]
 
 
-def _varied(run: Run) -> list[list[Run]]:
-    """The rounds that begin from the advice, as many as the number of stages allows."""
+def _varied(run: Run) -> list[Run]:
+    """The runs that begin from the advice, as many as the number of stages allows."""
     count = min(len(FRESH), RUNS_X_STAGES // len(compile_problem(run.problem).stages))
     if run.problem.encoders:  # the step without implementations was searched before, and is among the starts
         count //= 2
     varied = FRESH[: max(LEAST_RUNS, count)]
-    runs = [replace(run, seed=run.seed + k, hot=hot, weight=weight) for k, (hot, weight) in enumerate(varied)]
-    return [runs[k : k + SEEDS] for k in range(0, len(runs), SEEDS)]
+    return [replace(run, seed=run.seed + k, hot=hot, weight=weight) for k, (hot, weight) in enumerate(varied)]
