@@ -154,13 +154,16 @@ class Problem:
 
 
 def without_implementations(problem: Problem) -> tuple[Problem, tuple[int, ...]]:
-    """The same step with no encoders, nothing that reads what they make, and no alternatives; and which of the old operators
-    each of the new ones is."""
+    """The same step with no encoders, nothing that reads what they make, no alternatives, and of the variants only those that
+    read what their operator itself has made beside; and which of the old operators each of the new ones is."""
     codes = {s for p in problem.encoders for s in problem.operators[p].outputs}
     kept = [s for s in range(len(problem.storages)) if s not in codes]
     number = {s: i for i, s in enumerate(kept)}
+    elsewhere = {p for p in problem.variants if not _reads_its_own(problem, p)}
     left = [
-        p for p, o in enumerate(problem.operators) if o.replaces is None and not codes.intersection((*o.inputs, *o.outputs))
+        p
+        for p, o in enumerate(problem.operators)
+        if o.replaces is None and p not in elsewhere and not codes.intersection((*o.inputs, *o.outputs))
     ]
     operators = (
         replace(
@@ -174,6 +177,13 @@ def without_implementations(problem: Problem) -> tuple[Problem, tuple[int, ...]]
     outputs = frozenset(number[s] for s in problem.outputs)
     storages = tuple(problem.storages[s] for s in kept)
     return replace(problem, storages=storages, operators=tuple(operators), outputs=outputs), tuple(left)
+
+
+def _reads_its_own(problem: Problem, variant: int) -> bool:
+    """Whether a variant begins from another result of the operator that it stands for, as dropout does from its mask."""
+    operator = problem.operators[variant]
+    makers = {problem.producers[s][0] for s in operator.outputs}
+    return any(not {*problem.operators[p].outputs}.isdisjoint(operator.inputs) for p in makers)
 
 
 def _check(problem: Problem) -> None:

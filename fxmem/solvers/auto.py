@@ -36,15 +36,16 @@ def auto(task: Task) -> Answer:
     log: list[str] = []
     task = replace(task, starts=(*task.starts, *_peers(task, compiled, log)))
     bound_s = lower_bound(compiled, task.budget_bytes, task.deadline, log)
-    if not math.isfinite(bound_s):
-        return Answer(None, log=tuple(log))
+    known = math.isfinite(bound_s)  # at the least peak itself, the linear solver's tolerance may say that nothing fits
     plainly, interrupted = _plainly(task, log)
-    task = replace(task, starts=(*task.starts, *plainly), bound_s=bound_s)
+    task = replace(task, starts=(*task.starts, *plainly), bound_s=bound_s if known else 0.0)
     if interrupted:
         found = judge(task, task.starts)
         return Answer(found and found[0], stopped=True, log=tuple(log))
     answer = search(task)
     log += answer.log
+    if not known:
+        return replace(answer, log=tuple(log))
     unit_s = task.problem.plain_time_s or 1.0
     found = judge(task, [answer.schedule, *task.starts])
     overhead = found[1].overhead if found else math.inf
@@ -68,9 +69,9 @@ def auto(task: Task) -> Answer:
 def _plainly(task: Task, log: list[str]) -> tuple[list[Schedule], bool]:
     """What the search finds without any implementations, in half of the time that is left at most; and whether somebody
     interrupted it."""
-    if not task.problem.encoders and not task.problem.alternatives:
-        return [], False
     problem, kept = without_implementations(task.problem)
+    if len(kept) == len(task.problem.operators):
+        return [], False
     if task.budget_bytes < least_possible_bytes(problem, compile_problem(problem)):
         return [], False
     now = time.monotonic()

@@ -109,9 +109,10 @@ def _rounds(task: Task, compiled: Compiled, budget_bytes: int, pool: Pool, log: 
     best = better([first, *packed])
     log.append("search: packed " + ", ".join(_in_percent(task, i) for i in packed))
     varied, patience = _varied(fresh), max(1, int(task.limit_s / IDLE_ROUNDS_S))
-    if not thorough or best.time_s <= task.bound_s * (1 + NEAR):
+    fits = best.desired is not None
+    if fits and (not thorough or best.time_s <= task.bound_s * (1 + NEAR)):
         varied, patience = varied[:SEEDS], min(1, patience - 1)
-    elif len(compiled.stages) > MOST_FOR_FRESH and best.desired is not None:
+    elif fits and len(compiled.stages) > MOST_FOR_FRESH:
         varied = []
     if varied:
         best = better([best, _round(task, varied, pool, log)])
