@@ -32,8 +32,9 @@ from fxmem.torch_internals import cpu_memory_events, pytree
 
 from .compare import difference, step_result
 from .models import MODELS, Example, build
+from .results import FOLDER, save_row
 
-RESULTS = pathlib.Path(__file__).parent / "results" / "arena.json"
+RESULTS = FOLDER / "arena.json"
 LARGE_BYTES = 128 << 10
 TRAINED, INFERRED = ("resnet50", "gpt2"), ("resnet50", "googlenet", "unet2d")
 LAYOUT = "{:<12}{:<10}{:<8}{:>12}{:>13}{:>12}{:>9}{:>8}{:>14}{:>14}{:>10}{:>8}"
@@ -212,16 +213,6 @@ def _status_bytes(key: str) -> int:
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith(key))
 
 
-def save(rows: list[Row]) -> None:
-    """Put the rows in the place of those of the same models in the stored results."""
-    stored = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
-    made = {(row.model, row.what) for row in rows}
-    kept = [row for row in stored if (row["model"], row["what"]) not in made]
-    order = {name: place for place, name in enumerate(MODELS)}
-    merged = sorted([*kept, *map(asdict, rows)], key=lambda row: (row["what"] != "training", order[row["model"]]))
-    RESULTS.write_text(json.dumps(merged, indent=1) + "\n")
-
-
 def run_model(name: str, what: str, options: argparse.Namespace) -> list[Row]:
     sizes = dict(pair.split("=") for pair in options.sizes.split(",") if pair)
     known = MODELS[name].__code__.co_varnames[: MODELS[name].__code__.co_argcount]
@@ -247,7 +238,8 @@ def main(arguments: list[str] | None = None) -> int:
             _show([Row(**json.loads(line)) for line in made.splitlines() if line.startswith("{")], options.json)
         return 0
     rows = [row for name, what in work for row in run_model(name, what, options)]
-    save(rows)
+    for row in rows:
+        save_row(RESULTS, asdict(row), ("model", "what", "way"))
     _show(rows, options.json)
     return 0 if all(row.equal for row in rows) else 1
 

@@ -14,12 +14,13 @@ what was said to wait behind what it waits for, computes the same. `candidates` 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from .errors import ProblemError
 from .problem import Problem
 from .schedule import inplace_pair, plain_schedule, simulate
+from .solvers.stages import members
 
 MOST_STATES = 1_000  # of the complete search, in each of forward and backward
 
@@ -216,11 +217,3 @@ def _unrolled(path: tuple) -> Order:
         path, p = path
         order.append(p)
     return tuple(reversed(order))
-
-
-def members(bits: int) -> Iterator[int]:
-    """The numbers of the bits that are set, in increasing order."""
-    while bits:
-        low = bits & -bits
-        yield low.bit_length() - 1
-        bits ^= low

@@ -117,9 +117,9 @@ def _is_settled(budget: Budget, plain: Solution, slower: float) -> bool:
 
 def _worth_solving(problems: Sequence[Problem], budget_bytes: int | None) -> list[int]:
     """All, but for other orders of the same operators that promise nothing."""
-    found: list[int] = []
+    found, operators = [], [_operators(problem) for problem in problems]
     for number, problem in enumerate(problems):
-        same = [problems[n] for n in found if _operators(problems[n]) == _operators(problem)]
+        same = [problems[n] for n in found if operators[n] == operators[number]]
         if all(_promises(problem, other, budget_bytes) for other in same):
             found.append(number)
     return found

@@ -47,7 +47,7 @@ def lower_bound(compiled: Compiled, budget_bytes: int, deadline: float, log: lis
         outcome = relaxation.solve(limit)
         if windows == 1 and outcome.status == "optimal":
             best_s = max(best_s, outcome.bound)
-            outcome = relaxation.solve(limit, integer=True, most_nodes=MOST_NODES)
+            outcome = relaxation.solve(limit, integer=True)
         best_s = max(best_s, outcome.bound)
         log.append(f"bound: {windows} windows {outcome.bound:.6g} s, {outcome.status}, {time.monotonic() - begin:.1f} s")
     return best_s * (1 - 1e-6)  # the solver's tolerance
