@@ -51,13 +51,20 @@ def test_the_same_seed_packs_the_same(rough):
 def test_a_move_costs_what_it_was_priced_at(rough):
     state = State(rough.compiled, rough.budget_bytes, list(rough.desired))
     before, before_s = np.array([*state.peak_bytes, *state.forward_bytes]), state.time_s
-    priced = list(packing._priced(state, Moves(state.compiled, Random(2))))
+    priced = list(packing._priced(state, Moves(state.compiled, Random(2)), math.inf))
     assert len(priced) > 100 and state.time_s == pytest.approx(before_s, abs=1e-12)
     for move in Random(0).sample(priced, 40):
         fresh = State(state.compiled, state.budget_bytes, list(state.desired))
         fresh.reset([bits ^ move.flips.get(t, 0) for t, bits in enumerate(state.desired)], state.budget_bytes)
         assert fresh.time_s - before_s == pytest.approx(move.time_s, abs=1e-9)
-        assert ([*fresh.peak_bytes, *fresh.forward_bytes] - before == move.bytes_).all()
+        steps = np.zeros(len(before))
+        steps[move.moments] = move.steps
+        assert ([*fresh.peak_bytes, *fresh.forward_bytes] - before == np.cumsum(steps)).all()
+
+
+def test_no_moves_are_priced_behind_the_deadline(rough):
+    state = State(rough.compiled, rough.budget_bytes, list(rough.desired))
+    assert not list(packing._priced(state, Moves(state.compiled, Random(0)), -math.inf))
 
 
 def test_where_the_program_fails_the_state_stays(rough, monkeypatch):

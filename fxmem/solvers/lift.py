@@ -14,7 +14,8 @@ from .bound import Relaxation
 from .stages import Compiled
 
 MOST_VARIABLES = 600  # of the program with one window: some hundred operators; its integer program takes a second or less
-TRIES_PER_MINUTE = 8  # of the time limit, so that the bound does not depend on how fast the machine is
+SEARCHING_S = 60.0  # of the time limit are the search's: who gives no more wants a plan soon, not a proof
+TRIES_PER_MINUTE = 8  # of the rest, so that the bound does not depend on how fast the machine is
 MOST_NODES = 300
 GRID = 6
 WORTHWHILE = 1e-3
@@ -28,8 +29,8 @@ def lift(
     enough_s: what is known to be possible, and so need not be exceeded. limit_s: seconds that the whole solution may take; sets
     how many programs are tried.
     """
-    begin, tries, edges = time.monotonic(), int(TRIES_PER_MINUTE * limit_s / 60), ()
-    if Relaxation(compiled, budget_bytes).variables > MOST_VARIABLES:
+    begin, tries, edges = time.monotonic(), int(TRIES_PER_MINUTE * (limit_s - SEARCHING_S) / 60), ()
+    if tries <= 0 or Relaxation(compiled, budget_bytes).variables > MOST_VARIABLES:
         return bound_s
     known: dict[tuple[int, ...], float] = {}
 

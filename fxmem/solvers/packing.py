@@ -19,6 +19,7 @@ from functools import reduce
 from operator import or_
 
 import numpy as np
+from scipy.sparse import csr_array
 
 from .highs import Program, minimize
 from .moves import Moves
@@ -30,7 +31,9 @@ MOST_ROUNDS = 8
 ATTEMPTS = 3
 MOST_NODES = 200
 MOST_CUTS = 20
+BLOCK = 64  # moves written out in full at a time
 CUTS = 20
+BLOCK = 64  # moves written out in full at a time
 Wishes = dict[int, int]
 
 
@@ -38,13 +41,15 @@ Wishes = dict[int, int]
 class Priced:
     """A move from the state at hand: which wishes it flips, and what follows from that alone.
 
-    flips: bits whose wish changes, for each stage. bytes_: added at each stage and each forward operator (float64).
-    stages: those that recompute otherwise.
+    flips: bits whose wish changes, for each stage. moments, steps: the bytes added at each stage and then at each forward
+    operator, as the moments at which they differ from those added just before, and by how much (a storage kept over a thousand
+    stages is two numbers). stages: those that recompute otherwise.
     """
 
     flips: Wishes
     time_s: float
-    bytes_: np.ndarray
+    moments: np.ndarray
+    steps: np.ndarray
     stages: tuple[int, ...]
 
 
@@ -54,7 +59,7 @@ def pack(state: State, moves: Moves, deadline: float = math.inf) -> bool:
     for _ in range(MOST_ROUNDS):
         if time.monotonic() > deadline:
             return True
-        if not _round(state, list(_priced(state, moves)), deadline):
+        if not _round(state, list(_priced(state, moves, deadline)), deadline):
             break
     return False
 
@@ -106,21 +111,26 @@ def _moments(state: State) -> np.ndarray:
     return np.array([*state.peak_bytes, *state.forward_bytes], float)
 
 
-def _priced(state: State, moves: Moves) -> Iterator[Priced]:
-    """All moves of one storage over one gap and some random ones, each that could be of use once."""
+def _priced(state: State, moves: Moves, deadline: float) -> Iterator[Priced]:
+    """All moves of one storage over one gap and some random ones, each that could be of use once; until the deadline."""
     before, before_s, desired = _moments(state), state.time_s, list(state.desired)
-    seen = set()
+    seen, same = set(), {}  # one object for equal bits, of which there are thousands of bytes in a move
     for propose in _proposals(state, moves):
+        if time.monotonic() > deadline:
+            return
         places: set[int] = set()
         for wishes in propose:
             state.change(wishes)
             places.update(wishes)
         added, time_s = _moments(state) - before, state.time_s - before_s
-        key = round(time_s, 12), added.tobytes()
+        steps = np.diff(added, prepend=0.0)
+        (moments,) = np.nonzero(steps)
+        key = round(time_s, 12), moments.tobytes(), steps[moments].tobytes()
         if (time_s < 0 or added.min() < 0) and key not in seen:
             seen.add(key)
-            flips = {t: state.desired[t] ^ desired[t] for t in sorted(places) if state.desired[t] != desired[t]}
-            yield Priced(flips, time_s, added, tuple(state.rewalked()))
+            changed = ((t, state.desired[t] ^ desired[t]) for t in sorted(places))
+            flips = {t: same.setdefault(bits, bits) for t, bits in changed if bits}
+            yield Priced(flips, time_s, moments, steps[moments], tuple(state.rewalked()))
         state.undo()
 
 
@@ -146,8 +156,10 @@ class _Knapsack:
     def __init__(self, priced: list[Priced], room: np.ndarray):
         self.cost = np.array([move.time_s for move in priced])
         self.cost /= np.abs(self.cost).max() or 1.0
-        self.added = np.stack([move.bytes_ for move in priced], axis=1)
-        self.unit = np.maximum(1.0, np.abs(self.added).max(axis=1))  # of each row
+        values, moments = (np.concatenate([getattr(move, name) for move in priced]) for name in ("steps", "moments"))
+        columns = np.repeat(np.arange(len(priced)), [len(move.moments) for move in priced])
+        self.steps = csr_array((values, (moments, columns)), shape=(len(room), len(priced)))
+        self.unit = self._largest()  # of each row
         self.room = room
         self.cliques = _cliques(priced)
         self.moments: list[int] = []  # that have a row
@@ -160,7 +172,7 @@ class _Knapsack:
             x = minimize(self._program(integer), deadline=deadline, most_nodes=MOST_NODES, start=start, presolve=False).x
             if x is None:
                 return []
-            over = (self.added @ (np.round(x) if integer else x) - self.room) / self.unit
+            over = (np.cumsum(self.steps @ (np.round(x) if integer else x)) - self.room) / self.unit
             worst = [int(row) for row in np.argsort(-over, kind="stable")[:CUTS] if over[row] > 1e-6]
             new = [row for row in worst if row not in self.moments]
             if not new and integer:
@@ -169,12 +181,21 @@ class _Knapsack:
             integer = integer or not new
         return []
 
+    def _largest(self) -> np.ndarray:
+        """The most bytes that any move adds or frees at each moment, at least one."""
+        most, steps = np.ones(self.steps.shape[0]), self.steps.tocsc()
+        for begin in range(0, steps.shape[1], BLOCK):
+            added = np.cumsum(steps[:, begin : begin + BLOCK].toarray(), axis=0)
+            most = np.maximum(most, np.abs(added).max(axis=1))
+        return most
+
     def _program(self, integer: bool) -> Program:
         starts, columns, values, upper = [0], [], [], []
         for row in self.moments:
-            (at,) = np.nonzero(self.added[row])
+            added = self.steps[: row + 1].sum(axis=0)
+            (at,) = np.nonzero(added)
             columns += at.tolist()
-            values += (self.added[row, at] / self.unit[row]).tolist()
+            values += (added[at] / self.unit[row]).tolist()
             upper.append(self.room[row] / self.unit[row])
             starts.append(len(columns))
         for clique in self.cliques:

@@ -1,7 +1,7 @@
 """Search: packing, then rounds of annealing from several seeds, each round from the best of the last.
 
-The advice of the linear relaxation (see `bound`) seldom fits, and the best of the starting states is seldom good; packed (see
-`packing`), they are both, and on thousands of operators that is as good as it gets. On a smaller graph annealing finds better
+The advice of the linear relaxation (see `bound`) seldom fits, by itself or in segments; packed (see `packing`), it does and is
+good, and on thousands of operators that is as good as it gets. On a smaller graph annealing finds better
 patterns; one seed's result varies by a percentage point, so it begins from the advice several times, once hot and mostly
 cool, and then reheats the best so far. Each of its runs ends with packing.
 Where nothing fits even so, runs that weigh bytes above all look for the least peak (see `minimum`). Every schedule is judged
@@ -14,13 +14,14 @@ import math
 import time
 from collections.abc import Iterable
 from dataclasses import replace
+from operator import or_
 
 from ..schedule import simulate
 from .annealing import Incumbent, Run
 from .base import Answer, Task, register_solver
 from .bound import hint
 from .pool import Pool
-from .segments import starting_states
+from .segments import equal_segments, starting_states
 from .stages import Compiled, compile_problem
 from .state import State
 
@@ -33,6 +34,7 @@ RUNS_X_STAGES, LEAST_RUNS = 900, 2  # as many of FRESH begin a search, by the nu
 MOST_FOR_FRESH = 600  # stages above which annealing from the advice sees too little to beat packing it
 PACKED = 2  # of a round's best, one for each of two processes
 MOST_ROUNDS = 12
+NOT_FAR = 1.5  # times the best extra time: a start that is worth packing
 NEAR = 0.05  # over the bound: one more round is enough
 WORTHWHILE = 5e-3  # of the extra time: a round that saves less is idle
 IDLE_ROUNDS_S = 60.0  # of the time limit that allow one idle round: who gives ten minutes gets ten rounds beyond the best
@@ -76,6 +78,20 @@ def first_states(task: Task, compiled: Compiled, budget_bytes: int) -> Incumbent
     return best
 
 
+def advised_states(task: Task, compiled: Compiled, budget_bytes: int) -> list[tuple[int, ...]]:
+    """The linear relaxation's advice, in segments, and as it is.
+
+    The relaxation makes each operator again once, however long ago what it reads was freed. On a long chain that is advice to
+    make all of it again for each stage; there it is of use only together with segments, of which what they keep is kept too.
+    """
+    advice = hint(compiled, budget_bytes, task.deadline)
+    joined = [tuple(map(or_, advice, wishes)) for wishes in equal_segments(compiled)] or [advice]
+    found = [min(joined, key=lambda wishes: State(compiled, budget_bytes, list(wishes)).worst_bytes)]
+    if State(compiled, budget_bytes, list(advice)).time_s <= task.problem.plain_time_s:
+        found.append(advice)
+    return found
+
+
 def squeeze(
     task: Task, compiled: Compiled, budget_bytes: int, best: Incumbent, pool: Pool, deadline: float = math.inf
 ) -> Incumbent:
@@ -102,11 +118,14 @@ def better(incumbents: list[Incumbent]) -> Incumbent:
 
 def _rounds(task: Task, compiled: Compiled, budget_bytes: int, pool: Pool, log: list[str], thorough: bool) -> Incumbent:
     """Packing, rounds from the relaxation's advice, then from the best so far: as long as they save anything."""
-    advice = hint(compiled, budget_bytes, task.deadline)
-    fresh = Run(task.problem, budget_bytes, advice, effort(compiled), 0)
+    advised = advised_states(task, compiled, budget_bytes)
+    fresh = Run(task.problem, budget_bytes, advised[-1], effort(compiled), 0)
     first = first_states(task, compiled, budget_bytes)
-    packed = pool.run_all(_packs(fresh, [advice, first.desired or first.smallest]), task.deadline, task.progress)
+    packed = pool.run_all(_packs(fresh, advised), task.deadline, task.progress)
     best = better([first, *packed])
+    if best.desired is None or first.time_s <= best.time_s * NOT_FAR:
+        packed += pool.run_all(_packs(fresh, [first.desired or first.smallest]), task.deadline, task.progress)
+        best = better([best, *packed])
     log.append("search: packed " + ", ".join(_in_percent(task, i) for i in packed))
     varied, patience = _varied(fresh), max(1, int(task.limit_s / IDLE_ROUNDS_S))
     fits = best.desired is not None

@@ -7,6 +7,7 @@ as `fxmem.schedule.simulate` does. So any state is a valid schedule, and the wis
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import reduce
 from itertools import accumulate
 from operator import add, or_
@@ -41,7 +42,8 @@ class State:
             for k in members(encoder.inputs | encoder.outputs):
                 self._encoders_by_bit.setdefault(k, []).append(moment)
         self._encoding_s = {bit: e.time_s for e in compiled.encoders.values() for bit in (1 << k for k in members(e.outputs))}
-        self._maker = {1 << k: options[0] if len(options) == 1 else None for k, options in enumerate(compiled.makers)}
+        seconds = {p: r.time_s for p, r in compiled.recomputes.items()}
+        self._makers = {1 << k: tuple(sorted(m, key=lambda p: (seconds[p], p))) for k, m in enumerate(compiled.makers)}
         self._walks: list[dict] = [{} for _ in compiled.stages]
         self.reset(desired or [self.everything] * len(compiled.stages), budget_bytes)
 
@@ -215,9 +217,12 @@ class State:
 
     def _choose(self, bit: int, have: int) -> tuple[int, int]:
         """The cheapest maker of a storage, given what is there; and what was looked at to know."""
-        only = self._maker[bit]
-        if only is not None:
-            return only, 0
+        makers = self._makers[bit]
+        if len(makers) == 1:
+            return makers[0], 0
+        at_once = self._undisputed(makers, have)
+        if at_once is not None:
+            return at_once
         looked = 0
         known: dict[int, tuple[float, int]] = {}
 
@@ -226,7 +231,7 @@ class State:
             if bit in known:
                 return known[bit]
             best = (float("inf"), -1)
-            for index in self.compiled.makers[bit.bit_length() - 1]:
+            for index in self._makers[bit]:
                 again, late = self.compiled.recomputes[index], self.compiled.late_inputs[index]
                 looked |= late
                 if late & ~have:
@@ -240,6 +245,22 @@ class State:
             return best
 
         return cost(bit, LOOKAHEAD)[1], looked
+
+    def _undisputed(self, makers: Sequence[int], have: int) -> tuple[int, int] | None:
+        """Of several makers, the quickest first, the one that takes least by itself, where it lacks nothing that another does
+        not lack too; and what was looked at to know. None where there is no such maker."""
+        found, lacking, looked = -1, 0, 0
+        for index in makers:
+            inputs, late = self.compiled.recomputes[index].inputs, self.compiled.late_inputs[index]
+            looked |= late
+            if late & ~have:
+                continue
+            looked |= inputs
+            if found < 0:
+                found, lacking = index, inputs & ~have
+            elif lacking & ~inputs:
+                return None
+        return (found, looked) if found >= 0 else None
 
     def _settle(self, high: int, low: int, everywhere: bool = False) -> None:
         """Backward over the stages from the highest that recomputes otherwise, until what is live agrees again."""
