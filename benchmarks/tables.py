@@ -55,6 +55,21 @@ def solvers_markdown(rows: list[dict]) -> str:
     return _markdown("", titles, [_question(key, answers) for key, answers in questions.items() if "auto" in answers]).lstrip()
 
 
+def planning_markdown(rows: list[dict]) -> str:
+    """One row for each model planned."""
+    titles = ["model", "device", "budget", "operators", "PyTorch's tracing alone, s", "capture, s", "passes, s", "solving, s"]
+    titles += ["memory, GB", "extra time, %", "bound, %", "extra time in ten minutes, %"]
+    return _markdown("", titles, [_planned(row) for row in rows]).lstrip()
+
+
+def _planned(row: dict) -> list[str]:
+    seconds = [f"{row[name]:.1f}" for name in ("torch_s", "capture_s", "passes_s", "solve_s")]
+    long = "" if row["long_extra_time"] is None else f"{100 * row['long_extra_time']:.2f}"
+    shares = f"{100 * row['extra_time']:.2f}", f"{100 * row['bound']:.2f}", long
+    what = row["model"], row["device"], f"{row['budget']:g}", f"{row['operators']:,}"
+    return [*what, *seconds, f"{row['peak_rss'] / 1e9:.2f}", *shares]
+
+
 def static_markdown(rows: list[dict]) -> str:
     """One row for each instance and capacity; other allocators relative to the most bytes alive."""
     titles = ["instance", "intervals", "capacity", "max live", "arena", "status", "nodes", "seconds", "others"]
