@@ -13,7 +13,7 @@ from .problem import Problem
 from .progress import detail, phase
 from .schedule import Schedule, plain_schedule, simulate
 from .solvers import Solution, frontier, least_peak, solve
-from .solvers.bound import lower_bound
+from .solvers.bound import Relaxation
 from .solvers.driver import NEARLY
 from .solvers.stages import compile_problem
 from .solvers.state import least_possible_bytes
@@ -137,9 +137,9 @@ def _promises(problem: Problem, other: Problem, budget_bytes: int | None) -> boo
     low, high = (least_possible_bytes(c.problem, c) for c in compiled)
     if low < high * (1 - WORTH_AN_ORDER):
         return True
-    if budget_bytes is None:
+    if budget_bytes is None or simulate(other, plain_schedule(other)).peak_bytes <= budget_bytes:
         return False
-    bound_s, bound_of_other_s = (lower_bound(c, budget_bytes, math.inf, []) for c in compiled)
+    bound_s, bound_of_other_s = (Relaxation(c, budget_bytes).solve(math.inf).bound for c in compiled)
     return bound_s < bound_of_other_s * (1 - WORTH_AN_ORDER)
 
 
