@@ -63,7 +63,7 @@ def auto(task: Task) -> Answer:
         proven = exact.proven
         bound = max(bound, exact.lower_bound_overhead)
         found = judge(task, [found and found[0], exact.schedule])
-    return Answer(found and found[0], bound, proven, answer.stopped, tuple(log))
+    return replace(answer, schedule=found and found[0], lower_bound_overhead=bound, proven=proven, log=tuple(log))
 
 
 def _plainly(task: Task, log: list[str]) -> tuple[list[Schedule], bool]:

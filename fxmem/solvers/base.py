@@ -57,13 +57,17 @@ class Task:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a solver found: the best schedule or None, a valid lower bound on its overhead, and whether it was cut short."""
+    """What a solver found: the best schedule or None, a valid lower bound on its overhead, and whether it was cut short.
+
+    smallest: where nothing fits, the schedule of the least peak that a search for it met.
+    """
 
     schedule: Schedule | None
     lower_bound_overhead: float = 0.0
     proven: bool = False
     stopped: bool = False
     log: tuple[str, ...] = field(default_factory=tuple)
+    smallest: Schedule | None = None
 
 
 Solver = Callable[[Task], Answer]

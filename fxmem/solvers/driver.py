@@ -12,7 +12,7 @@ from ..problem import Problem
 from ..schedule import Schedule, plain_schedule, simulate
 from .base import Answer, Progress, Solution, Task, describe, find_solver, infeasible, judge, plain_fits
 from .bound import Relaxation
-from .minimum import smallest_schedule
+from .minimum import LEAST_EFFORT_S, smallest_schedule
 from .stages import Compiled, compile_problem
 from .state import least_possible_bytes
 
@@ -59,7 +59,8 @@ def _solve(task: Task, solver: str = "auto") -> Solution:
         note = f"{solver} found nothing that fits"
         return replace(instead, status=f"{instead.status} ({note})", log=(*answer.log, note, *instead.log))
     if found is None:
-        least = smallest_schedule(task)
+        met = (answer.smallest,) if answer.smallest else ()
+        least = smallest_schedule(replace(task, starts=(*task.starts, *met)), 0.0 if met else LEAST_EFFORT_S)
         found = judge(task, [least])
         if found is None:
             raise infeasible(problem, budget_bytes, least)

@@ -19,15 +19,18 @@ from .state import State, least_possible_bytes
 LEAST_EFFORT_S = 10.0  # spent on it where the time limit has passed already: an error that names a peak should name a good one
 
 
-def smallest_schedule(task: Task) -> Schedule:
-    """The schedule with the least peak that the search meets, whatever it costs. The task's budget does not matter."""
+def smallest_schedule(task: Task, effort_s: float = LEAST_EFFORT_S) -> Schedule:
+    """The schedule with the least peak that the search meets, whatever it costs. The task's budget does not matter.
+
+    effort_s: seconds to search at least, even behind the task's deadline.
+    """
     compiled = compile_problem(task.problem)
     floor_bytes = least_possible_bytes(task.problem, compiled)
     task = replace(task, budget_bytes=floor_bytes)
     best = first_states(task, compiled, floor_bytes)
     if best.desired is None:
         with Pool(len(compiled.stages)) as pool:
-            deadline = max(task.deadline, time.monotonic() + LEAST_EFFORT_S)
+            deadline = max(task.deadline, time.monotonic() + effort_s)
             best = squeeze(task, compiled, floor_bytes, best, pool, deadline)
     schedules = [State(compiled, floor_bytes, list(best.smallest)).schedule(), *task.starts]
     return min(schedules, key=lambda schedule: simulate(task.problem, schedule).peak_bytes)

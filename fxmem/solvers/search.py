@@ -54,7 +54,8 @@ def search(task: Task, thorough: bool = True) -> Answer:
         with Pool(len(compiled.stages)) as pool:
             best = _rounds(task, compiled, budget_bytes, pool, log, thorough)
         if best.desired is None:
-            return Answer(None, stopped=best.stopped, log=tuple(log))
+            smallest = State(compiled, budget_bytes, list(best.smallest)).schedule()
+            return Answer(None, stopped=best.stopped, log=tuple(log), smallest=smallest if thorough else None)
         schedule = State(compiled, budget_bytes, list(best.desired)).schedule()
         excess_bytes = simulate(task.problem, schedule).peak_bytes - task.budget_bytes
         if excess_bytes <= 0:
