@@ -18,15 +18,18 @@ import pathlib
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 
 from fxmem.codegen.calls import canonical_call
 from fxmem.memory import intervals_of, max_live, share
 from fxmem.prepared import prepare
 from fxmem.problem import Problem
-from fxmem.schedule import plain_schedule, simulate
-from fxmem.solvers import Solution, least_peak, solve, solve_alone
+from fxmem.schedule import Schedule, plain_schedule, simulate
+from fxmem.solvers import least_peak, solve
+from fxmem.solvers.chen import nested_states, uniform_states
+from fxmem.solvers.stages import Compiled, compile_problem
+from fxmem.solvers.state import State
 
 from .lecture_pictures import FOLDER as FIGURES
 from .lecture_pictures import draw
@@ -48,7 +51,6 @@ SHARING = {  # in place, free tags
 }
 SQRT, RECURSIVE, SAME_TIME, SAME_PEAK = "sqrt(N)", "recursive", "fxmem, its time", "fxmem, its peak"
 METHODS = (*SHARING, SQRT, RECURSIVE, SAME_PEAK, SAME_TIME)
-NEAR = 0.02  # the least peak of the lecture's recomputing methods, to this fraction of the plain one
 LAYOUT = "{:<8}{:>6}{:>8}{:>10}  {:<18}{:>10}{:>10}{:>9}{:>10}  {}"
 COLUMNS = LAYOUT.format("network", "depth", "ops", "prepared", "method", "MB", "peak, MB", "extra, %", "seconds", "outcome")
 
@@ -90,41 +92,31 @@ def rows_of(network: str, depth: int, device: str, time_limit_s: float) -> Itera
         begin = time.perf_counter()
         found = share(problem, plain_schedule(problem), inplace=inplace, free_tags=free_tags)
         yield Row(**known, method=method, bytes=found.size_bytes, seconds=time.perf_counter() - begin, extra_time=0.0)
-    solutions: dict[str, Solution] = {}
+    schedules: dict[str, Schedule] = {}
     for method in METHODS[len(SHARING) :]:
         begin = time.perf_counter()
-        found = solutions[method] = _solved(problem, method, solutions, time_limit_s)
+        schedule = schedules[method] = _schedule(problem, method, schedules, time_limit_s)
         seconds = time.perf_counter() - begin
-        inside = max_live(intervals_of(problem, found.schedule)).size_bytes
-        timeline = found.timeline
+        inside, timeline = max_live(intervals_of(problem, schedule)).size_bytes, simulate(problem, schedule)
         yield Row(
             **known, method=method, bytes=inside, peak_bytes=timeline.peak_bytes, extra_time=timeline.overhead, seconds=seconds
         )  # fmt: skip
 
 
-def _solved(problem: Problem, method: str, known: dict[str, Solution], time_limit_s: float) -> Solution:
+def _schedule(problem: Problem, method: str, known: dict[str, Schedule], time_limit_s: float) -> Schedule:
     if method in (SQRT, RECURSIVE):
-        return least_of(problem, "chen_sqrt" if method == SQRT else "recursive")
-    theirs = known[SQRT]
-    starts = [solution.schedule for solution in known.values()]
+        return least_of(problem, uniform_states if method == SQRT else nested_states)
+    theirs, starts = simulate(problem, known[SQRT]), list(known.values())
     if method == SAME_PEAK:
-        return solve(problem, theirs.timeline.peak_bytes, time_limit_s=time_limit_s, starts=starts)
-    return least_peak(problem, max_overhead=theirs.timeline.overhead, time_limit_s=time_limit_s, starts=starts)
+        return solve(problem, theirs.peak_bytes, time_limit_s=time_limit_s, starts=starts).schedule
+    return least_peak(problem, max_overhead=theirs.overhead, time_limit_s=time_limit_s, starts=starts).schedule
 
 
-def least_of(problem: Problem, solver: str) -> Solution:
-    """The least peak that a solver finds by itself, by bisection between the fixed bytes and the plain peak."""
-    low_bytes, high_bytes = problem.fixed_bytes, simulate(problem, plain_schedule(problem)).peak_bytes
-    apart_bytes = int(NEAR * (high_bytes - low_bytes))
-    best = solve_alone(problem, high_bytes, solver)
-    while high_bytes - low_bytes > apart_bytes:
-        middle = (low_bytes + high_bytes) // 2
-        found = solve_alone(problem, middle, solver)
-        if found is None:
-            low_bytes = middle
-        else:
-            best, high_bytes = found, found.timeline.peak_bytes
-    return best
+def least_of(problem: Problem, states: Callable[[Compiled], Iterable[tuple[int, ...]]]) -> Schedule:
+    """The schedule with the least peak among some states, as wishes for each stage; the cheapest of equals."""
+    compiled = compile_problem(problem)
+    tried = (State(compiled, 0, list(wishes)) for wishes in states(compiled))
+    return min(tried, key=lambda state: (state.worst_bytes, state.time_s)).schedule()
 
 
 def run(network: str, depth: int, options: argparse.Namespace) -> None:

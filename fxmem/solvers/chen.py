@@ -8,7 +8,7 @@ again, memory of log N at times N log N.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from .base import Answer, Task, cheapest, register_solver
 from .segments import Segment, narrow_cuts, nested, wishes_of
@@ -22,31 +22,32 @@ ARITIES = (2, 4, 8)
 def chen_sqrt(task: Task) -> Answer:
     """One level of segments with equally many storages."""
     compiled = compile_problem(task.problem)
-    return cheapest(task, compiled, (wishes_of(compiled, root) for root in _uniform(compiled)))
+    return cheapest(task, compiled, uniform_states(compiled))
 
 
 @register_solver("chen_greedy")
 def chen_greedy(task: Task) -> Answer:
     """One level of segments with equal bytes, that end at narrow cuts."""
     compiled = compile_problem(task.problem)
-    return cheapest(task, compiled, (wishes_of(compiled, root) for root in _greedy(compiled)))
+    return cheapest(task, compiled, _greedy_states(compiled))
 
 
 @register_solver("recursive")
 def recursive(task: Task) -> Answer:
     """Segments in segments, of several arities and depths from two levels on."""
     compiled = compile_problem(task.problem)
-    return cheapest(task, compiled, (wishes_of(compiled, root) for root in _nested(compiled)))
+    return cheapest(task, compiled, nested_states(compiled))
 
 
-def _uniform(compiled: Compiled) -> Iterator[Segment]:
+def uniform_states(compiled: Compiled) -> Iterator[tuple[int, ...]]:
+    """Segments with equally many storages, from one for each storage to one for all; as wishes for each stage."""
     count = len(compiled.sizes)
     for length in _lengths(count):
         edges = [*range(0, count, length), count]
-        yield Segment(0, count, tuple(Segment(a, b) for a, b in zip(edges, edges[1:], strict=False)))
+        yield _one_level(compiled, edges)
 
 
-def _greedy(compiled: Compiled) -> Iterator[Segment]:
+def _greedy_states(compiled: Compiled) -> Iterator[tuple[int, ...]]:
     count, cuts = len(compiled.sizes), narrow_cuts(compiled)
     total_bytes = sum(compiled.sizes)
     for parts in _lengths(count):
@@ -58,13 +59,19 @@ def _greedy(compiled: Compiled) -> Iterator[Segment]:
                 edges.append(end)
                 filled = 0
         edges.append(count)
-        yield Segment(0, count, tuple(Segment(a, b) for a, b in zip(edges, edges[1:], strict=False)))
+        yield _one_level(compiled, edges)
 
 
-def _nested(compiled: Compiled) -> Iterator[Segment]:
+def nested_states(compiled: Compiled) -> Iterator[tuple[int, ...]]:
+    """Segments in segments of several arities and depths; as wishes for each stage."""
     for arity in ARITIES:
         for depth in range(2, 2 + int(math.log(max(2, len(compiled.sizes)), arity))):
-            yield nested(compiled, arity, depth)
+            yield wishes_of(compiled, nested(compiled, arity, depth))
+
+
+def _one_level(compiled: Compiled, edges: Sequence[int]) -> tuple[int, ...]:
+    parts = tuple(Segment(a, b) for a, b in zip(edges, edges[1:], strict=False))
+    return wishes_of(compiled, Segment(0, len(compiled.sizes), parts))
 
 
 def _lengths(count: int) -> list[int]:
