@@ -118,31 +118,47 @@ def better(incumbents: list[Incumbent]) -> Incumbent:
 
 
 def _rounds(task: Task, compiled: Compiled, budget_bytes: int, pool: Pool, log: list[str], thorough: bool) -> Incumbent:
-    """Packing, rounds from the relaxation's advice, then from the best so far: as long as they save anything."""
+    """Packing, a round from the relaxation's advice, then rounds from the best so far."""
     advised = advised_states(task, compiled, budget_bytes)
     fresh = Run(task.problem, budget_bytes, advised[-1], effort(compiled), 0)
-    first = first_states(task, compiled, budget_bytes)
+    best = _packed(task, fresh, advised, first_states(task, compiled, budget_bytes), pool, log)
+    runs, patience = _worthwhile(task, fresh, best, thorough)
+    if runs:
+        best = better([best, _round(task, runs, pool, log)])
+    if best.desired is None and thorough:
+        best = squeeze(task, compiled, budget_bytes, best, pool)
+    if best.desired is None:
+        log.append(f"search: nothing that fits; least peak met {best.smallest_bytes:,} bytes")
+        return best
+    return _reheated(task, fresh, best, patience, pool, log)
+
+
+def _packed(task: Task, fresh: Run, advised: list[tuple[int, ...]], first: Incumbent, pool: Pool, log: list[str]) -> Incumbent:
+    """The best of the advice packed, and of the best starting state, packed too where the advice is not much better."""
     packed = pool.run_all(_packs(fresh, advised), task.deadline, task.progress)
     best = better([first, *packed])
     if best.desired is None or first.time_s <= best.time_s * NOT_FAR:
         packed += pool.run_all(_packs(fresh, [first.desired or first.smallest]), task.deadline, task.progress)
         best = better([best, *packed])
     log.append("search: packed " + ", ".join(_in_percent(task, i) for i in packed))
-    varied, patience = _varied(fresh), max(1, int(task.limit_s / IDLE_ROUNDS_S))
-    fits = best.desired is not None
-    if fits and (not thorough or best.time_s <= task.bound_s * (1 + NEAR)):
-        varied, patience = varied[:SEEDS], min(1, patience - 1)
-    elif fits and len(compiled.stages) > MOST_FOR_FRESH:
-        varied = []
-    if varied:
-        best = better([best, _round(task, varied, pool, log)])
-    if best.desired is None and thorough:
-        best = squeeze(task, compiled, budget_bytes, best, pool)
+    return best
+
+
+def _worthwhile(task: Task, fresh: Run, best: Incumbent, thorough: bool) -> tuple[list[Run], int]:
+    """The runs from the advice, and how many idle rounds to bear after them."""
+    runs, patience = _varied(fresh), max(1, int(task.limit_s / IDLE_ROUNDS_S))
     if best.desired is None:
-        log.append(f"search: nothing that fits; least peak met {best.smallest_bytes:,} bytes")
+        return runs, patience
+    if not thorough or best.time_s <= task.bound_s * (1 + NEAR):
+        return runs[:SEEDS], min(1, patience - 1)
+    return ([] if len(compile_problem(task.problem).stages) > MOST_FOR_FRESH else runs), patience
+
+
+def _reheated(task: Task, fresh: Run, best: Incumbent, patience: int, pool: Pool, log: list[str]) -> Incumbent:
+    """Rounds from the best so far, as long as they save anything."""
     idle = 0
     for number in range(1, MOST_ROUNDS * patience):
-        if best.desired is None or best.stopped or idle == patience:
+        if best.stopped or idle == patience:
             break
         before_s, seed = best.time_s, number * len(FRESH)
         reheated = replace(fresh, desired=best.desired, seed=seed, hot=REHEATS[number % len(REHEATS)])
