@@ -39,7 +39,8 @@ class Task:
     """What a solver is asked: the cheapest schedule with a peak of at most budget_bytes.
 
     starts: schedules to begin from; they need not fit. deadline: in time.monotonic() seconds. limit_s: seconds from the start
-    of the whole to the deadline. bound_s: extra time below which nothing is to be found.
+    of the whole to the deadline. bound_s: extra time below which nothing is to be found. overtime: whether to go on behind the
+    deadline as long as nothing that fits is known.
     """
 
     problem: Problem
@@ -49,6 +50,7 @@ class Task:
     progress: Progress | None = None
     limit_s: float = 60.0
     bound_s: float = 0.0
+    overtime: bool = True
 
     @property
     def out_of_time(self) -> bool:

@@ -60,7 +60,8 @@ def _solve(task: Task, solver: str = "auto") -> Solution:
         return replace(instead, status=f"{instead.status} ({note})", log=(*answer.log, note, *instead.log))
     if found is None:
         met = (answer.smallest,) if answer.smallest else ()
-        least = smallest_schedule(replace(task, starts=(*task.starts, *met)), 0.0 if met else LEAST_EFFORT_S)
+        searched = met or not task.overtime
+        least = smallest_schedule(replace(task, starts=(*task.starts, *met)), 0.0 if searched else LEAST_EFFORT_S)
         found = judge(task, [least])
         if found is None:
             raise infeasible(problem, budget_bytes, least)
@@ -151,7 +152,7 @@ def _least_within(task: Task, max_overhead: float) -> Solution:
     """Bisect the budget between what the lower bound rules out and the plain peak, each schedule a start for the next."""
     problem, compiled = task.problem, compile_problem(task.problem)
     plain_bytes = simulate(problem, plain_schedule(problem)).peak_bytes
-    best = solve(problem, plain_bytes)
+    best, task = solve(problem, plain_bytes), replace(task, overtime=False)
     low_bytes = high_bytes = _ruled_out(compiled, max_overhead, plain_bytes)
     starts = list(task.starts)
     for k in range(PROBES):

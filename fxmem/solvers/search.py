@@ -93,13 +93,8 @@ def advised_states(task: Task, compiled: Compiled, budget_bytes: int) -> list[tu
     return found
 
 
-def squeeze(
-    task: Task, compiled: Compiled, budget_bytes: int, best: Incumbent, pool: Pool, deadline: float = math.inf
-) -> Incumbent:
-    """Look for the least peak down to budget_bytes, from the smallest state known, in at most two rounds.
-
-    By default the task's time limit does not hold here: any plan is worth more than none in time.
-    """
+def squeeze(task: Task, compiled: Compiled, budget_bytes: int, best: Incumbent, pool: Pool, deadline: float) -> Incumbent:
+    """Look for the least peak down to budget_bytes, from the smallest state known, in at most two rounds."""
     moves = max(SQUEEZE_MOVES, effort(compiled))
     for number, hot in enumerate((HOT, WARM)):
         run = Run(task.problem, budget_bytes, best.smallest, moves, 100 + SEEDS * number, hot, weight=SQUEEZE_WEIGHT)
@@ -126,7 +121,7 @@ def _rounds(task: Task, compiled: Compiled, budget_bytes: int, pool: Pool, log: 
     if runs:
         best = better([best, _round(task, runs, pool, log)])
     if best.desired is None and thorough:
-        best = squeeze(task, compiled, budget_bytes, best, pool)
+        best = squeeze(task, compiled, budget_bytes, best, pool, math.inf if task.overtime else task.deadline)
     if best.desired is None:
         log.append(f"search: nothing that fits; least peak met {best.smallest_bytes:,} bytes")
         return best
