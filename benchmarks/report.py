@@ -1,4 +1,4 @@
-"""Put the tables of the stored results into README.md and docs/benchmarks.md: `python -m benchmarks.report`."""
+"""Put the tables of the stored results into README.md and docs: `python -m benchmarks.report`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from .tables import (
     full_markdown,
     implementations_markdown,
     lecture_markdown,
+    planning_markdown,
     readme_markdown,
     solvers_markdown,
     static_markdown,
@@ -54,6 +55,7 @@ def pages() -> dict[pathlib.Path, str]:
     for part in ("table", "speed", "models", "monet"):
         other = with_tables(other, f"benchmarks.implementations, {part}", [implementations_markdown(found, part)])
     page = with_tables(benchmarks.read_text(), "benchmarks.step", map(full_markdown, steps))
+    page = with_tables(page, "benchmarks.planning", [planning_markdown(stored_rows(FOLDER / "planning.json"))])
     lecture, memory_page = stored_rows(FOLDER / "lecture.json"), memory.read_text()
     memory_page = with_tables(memory_page, "benchmarks.static", [static_markdown(stored_rows(FOLDER / "static.json"))])
     networks = [lecture_markdown(lecture, network) for network in names_of(lecture, "network")]

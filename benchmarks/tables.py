@@ -108,6 +108,17 @@ def arena_markdown(rows: list[dict]) -> str:
     return _markdown("", titles, cells).lstrip()
 
 
+def planning_markdown(rows: list[dict]) -> str:
+    """One row for each model that was planned; gigabytes are of 10^9 bytes."""
+    titles = ["model", "operators", "PyTorch's tracing alone, s", "capture, s", "passes, s", "solving, s", "memory, GB"]
+    cells = [
+        [r["model"], f"{r['operators']:,}", *(f"{r[key]:.1f}" for key in ("torch_s", "capture_s", "passes_s", "solve_s")),
+         f"{r['peak_rss'] / 1e9:.2f}", f"{100 * r['extra_time']:.2f}", f"{100 * r['bound']:.2f}"]
+        for r in rows
+    ]  # fmt: skip
+    return _markdown("", [*titles, "extra time, %", "bound, %"], cells).lstrip()
+
+
 def implementations_markdown(rows: list[dict], part: str) -> str:
     """The rows of one part of `benchmarks.implementations`."""
     found = [row for row in rows if row["part"] == part]
