@@ -158,6 +158,7 @@ def _show_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument("--timeline", metavar="FILE", help="draw memory over the step, as in timeline.png")
     parser.add_argument("--schedule", metavar="FILE", help="draw operators over time")
+    parser.add_argument("--memory-map", metavar="FILE", help="draw where each buffer would lie in an arena")
     parser.add_argument("--graph", metavar="FILE", help="draw the module that recomputes most")
     parser.add_argument(
         "--snapshot", metavar="FILE", help="write the timeline for pytorch.org/memory_viz: .pickle, or a page: .html"

@@ -114,7 +114,7 @@ def test_frontier_with_a_peer(tmp_path, capsys):
 
 
 def test_show_draws(saved, tmp_path, capsys):
-    names = {"timeline": "a.png", "schedule": "b.svg", "graph": "c.png", "snapshot": "d.html"}
+    names = {"timeline": "a.png", "schedule": "b.svg", "graph": "c.png", "memory-map": "d.png", "snapshot": "e.html"}
     options = [part for what, name in names.items() for part in (f"--{what}", str(tmp_path / name))]
     assert main(["show", str(saved), "--json", *options]) == 0
     assert all((tmp_path / name).stat().st_size > 1000 for name in names.values())
