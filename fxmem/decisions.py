@@ -104,7 +104,8 @@ class Plan:
 
     def save_snapshot(self, path: str | os.PathLike) -> None:
         """Write the predicted timeline as a memory snapshot for https://pytorch.org/memory_viz, as
-        `torch.cuda.memory._dump_snapshot` does of a real run; or, where the name ends in .html, as a page that shows it.
+        `torch.cuda.memory._dump_snapshot` does of a real run; or, where the name ends in .html, as a page that shows it
+        (PyTorch's viewer, which the browser fetches from a CDN).
 
         Raises PlanError where the file cannot be written.
         """

@@ -1,6 +1,7 @@
 """The command line and its demo."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -203,6 +204,16 @@ def test_what_nobody_foresaw_is_one_line_too(monkeypatch, capsys):
     assert capsys.readouterr().err == "fxmem: ZeroDivisionError: division by zero (--verbose shows where)\n"
     assert main(["show", "plan.json", "--verbose"]) == 2
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_reader_who_has_seen_enough(saved):
+    """`fxmem show plan.json | head -0`: nothing on stderr."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "fxmem", "show", str(saved)]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 @pytest.mark.parametrize("command", [[], ["demo"], ["plan"], ["frontier"], ["measure"], ["show"]])
