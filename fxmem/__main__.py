@@ -167,7 +167,9 @@ def _show_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--memory-map", metavar="FILE", help="draw where each buffer would lie in an arena")
     parser.add_argument("--graph", metavar="FILE", help="draw the module that recomputes most")
     parser.add_argument(
-        "--snapshot", metavar="FILE", help="write the timeline for pytorch.org/memory_viz: .pickle, or a page that fetches the viewer: .html"
+        "--snapshot",
+        metavar="FILE",
+        help="write the timeline for pytorch.org/memory_viz: .pickle, or a page that fetches the viewer: .html",
     )
 
 

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 
@@ -9,6 +11,7 @@ import pytest
 import torch
 
 import fxmem
+from benchmarks.report import ROOT
 from fxmem.__main__ import main
 from fxmem.commands import parse_input
 from fxmem.errors import MissingExtraError
@@ -119,6 +122,23 @@ def test_show_draws(saved, tmp_path, capsys):
     options = [part for what, name in names.items() for part in (f"--{what}", str(tmp_path / name))]
     assert main(["show", str(saved), "--json", *options]) == 0
     assert all((tmp_path / name).stat().st_size > 1000 for name in names.values())
+
+
+def test_the_commands_of_the_documentation_run(tmp_path, monkeypatch, capsys):
+    """One after the other, as they stand there, on a small model; the demo has a test of its own."""
+    (block,) = re.findall(r"```bash\n(.*?)```", (ROOT / "docs" / "seeing.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    for line in block.splitlines():
+        small = (
+            line.replace("torchvision.models:resnet50", "helpers.models:ConvNet")
+            .replace("3,224,224", "3,16,16")
+            .replace("--budget 0.5", "--budget 0.7")
+        )
+        _, command, *options = shlex.split(small)
+        if command != "demo":
+            assert main([command, *options, *(["--time-limit", "0.5"] if command != "show" else [])]) == 0
+    made = {"plan.json", "timeline.png", "arena.png", "snapshot.pickle", "frontier.png"}
+    assert {path.name for path in tmp_path.iterdir()} == made and "planned, predicted" in capsys.readouterr().out
 
 
 def test_measure(saved, capsys):
