@@ -1,4 +1,4 @@
-"""Put the tables of the stored results into README.md and docs/benchmarks.md: `python -m benchmarks.report`."""
+"""Put the tables of the stored results into README.md and docs: `python -m benchmarks.report`."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -17,7 +18,7 @@ EXAMPLES = """examples:
   fxmem demo
   fxmem plan torchvision.models:resnet50 --input 32,3,224,224 --budget 4GiB --device-model H100
   fxmem plan my_package.model:make --input 2,512:int64 --input labels=2,512:int64 --budget 0.5 --save plan.json
-  fxmem show plan.json --timeline timeline.png --snapshot snapshot.html
+  fxmem show plan.json --timeline timeline.png --memory-map arena.png --snapshot snapshot.pickle
   fxmem frontier torchvision.models:resnet50 --input 8,3,224,224 --points 6 --peers rotor,checkmate_lp --plot frontier.png
   fxmem measure torchvision.models:resnet18 --input 8,3,224,224 --budget 0.5
 
@@ -30,16 +31,21 @@ order: its shape, then its type if that is not float32 (2,512:int64), with a nam
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the subcommand in `argv`. Returns the exit code: 0; 2 after one line on stderr for what the user can mend; 130 when
-    interrupted."""
+    interrupted; 141 when whoever reads the output stops."""
     arguments = _parser().parse_args(argv)
     with _logging(arguments.verbose):
         try:
-            return arguments.run(arguments)
+            code = arguments.run(arguments)
+            sys.stdout.flush()
+            return code
         except FxmemError as error:
             return _failed(str(error))
         except KeyboardInterrupt:
             print("fxmem: interrupted", file=sys.stderr)
             return 130
+        except BrokenPipeError:  # whoever reads has seen enough, as `head` does; what is left goes nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 141
         except Exception as error:  # whatever it is, the terminal shows one line; --verbose shows where
             log.debug("traceback", exc_info=True)
             return _failed(f"{type(error).__name__}: {error} (--verbose shows where)")
@@ -158,9 +164,12 @@ def _show_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument("--timeline", metavar="FILE", help="draw memory over the step, as in timeline.png")
     parser.add_argument("--schedule", metavar="FILE", help="draw operators over time")
+    parser.add_argument("--memory-map", metavar="FILE", help="draw where each buffer would lie in an arena")
     parser.add_argument("--graph", metavar="FILE", help="draw the module that recomputes most")
     parser.add_argument(
-        "--snapshot", metavar="FILE", help="write the timeline for pytorch.org/memory_viz: .pickle, or a page: .html"
+        "--snapshot",
+        metavar="FILE",
+        help="write the timeline for pytorch.org/memory_viz: .pickle, or a page that fetches the viewer: .html",
     )
 
 

@@ -23,7 +23,7 @@ from .decisions import Frontier, Plan
 from .errors import BudgetError, CaptureError, CostError, InfeasibleBudgetError
 from .inference import plan_inference
 from .passes import PlaceInArena, Rematerialize
-from .planning import Question, decide, given_plan, solve_for
+from .planning import Question, decide, given_plan, none_better, solve_for
 from .prepared import Prepared, prepare
 from .progress import phase, showing
 from .solvers import find_solver, solve_alone
@@ -153,7 +153,8 @@ def frontier(
 ) -> Frontier:
     """Up to `points` Plans from no recompute to the least reachable peak, from one capture.
 
-    peers: names of other solvers whose plans within the same budgets are to stand beside them. Otherwise as for `plan`.
+    peers: names of other solvers whose plans within the same budgets are to stand beside them; one that is better, where time
+        was short, takes the place of a Plan. Otherwise as for `plan`.
     """
     if points < 1:
         raise BudgetError(f"points={points!r} was given; a frontier has one point or more")
@@ -165,7 +166,8 @@ def frontier(
         phase("solving")
         chosen = choose_frontier([program.lowered.problem for program in prepared.programs], points, time_limit_s)
         found = tuple(prepared.programs[n].plan(solution, solution.timeline.peak_bytes) for n, solution in chosen)
-        return Frontier(found, {name: _peer(prepared, name, found) for name in peers})
+        others = {name: _peer(prepared, name, found) for name in peers}
+        return Frontier(none_better(found, [p for plans_ in others.values() for p in plans_]), others)
 
 
 def _peer(prepared: Prepared, solver: str, plans_: Sequence[Plan]) -> tuple[Plan, ...]:

@@ -73,14 +73,6 @@ def budget_from_text(text: str) -> int | float | str | None:
     return text
 
 
-def format_bytes(size_bytes: float) -> str:
-    """As in "387.0 MB": decimal units, one digit behind the point."""
-    for unit, size in (("GB", 10**9), ("MB", 10**6), ("KB", 10**3)):
-        if abs(size_bytes) >= size:
-            return f"{size_bytes / size:,.1f} {unit}" if unit != "GB" else f"{size_bytes / size:,.2f} {unit}"
-    return f"{size_bytes:,.0f} B"
-
-
 def _parse_text(text: str) -> Budget:
     if text.strip().lower() == "min":
         return Budget(least=True)

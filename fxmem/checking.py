@@ -82,7 +82,7 @@ def check_implementation(
 
 def force(name: str, module: nn.Module, args: tuple, kwargs: dict) -> tuple[PlannedModule, int]:
     """The module planned so that nothing is recomputed but by the implementation, and in how many places that is used."""
-    prepared = prepare(module, args, kwargs, "measured", "all", (name,), "accurate")
+    prepared = prepare(module, args, kwargs, "measured", "all", (name,), "accurate", everywhere=True)
     prepared = prepared.rewritten or prepared
     problem = prepared.lowered.problem
     schedule, places = _everywhere(prepared.lowered)

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from . import api
-from .budget import budget_from_text, format_bytes
+from .budget import budget_from_text
 from .cost.devices import DEVICES
 from .decisions import Frontier, Plan
 from .errors import FxmemError, MissingExtraError
@@ -24,6 +24,7 @@ from .measuring import Measurement
 from .measuring import measure as run_steps
 from .saving import load_plan
 from .torchvision_models import load_torchvision
+from .units import format_bytes, format_percent, format_seconds
 
 NUMBERS = (
     "model", "cost", "budget_bytes", "baseline_peak_bytes", "baseline_by_kind", "predicted_peak_bytes", "peak_by_kind",
@@ -79,7 +80,9 @@ def measure(options: argparse.Namespace) -> None:
         return
     for name, what in found.items():
         peak = what.peak_bytes if isinstance(what, Measurement) else what.predicted_peak_bytes
-        seconds = f"{what.time_s:.3f} s" if isinstance(what, Measurement) else f"+{100 * what.predicted_overhead:.1f} %"
+        seconds = (
+            format_seconds(what.time_s) if isinstance(what, Measurement) else format_percent(what.predicted_overhead, sign=True)
+        )
         print(f"{name:<20} peak {format_bytes(peak):>10}   time {seconds}")
 
 
@@ -91,6 +94,8 @@ def show(options: argparse.Namespace) -> None:
         _save_figure(saved.plot_timeline()[0], options.timeline)
     if options.schedule:
         _save_figure(saved.plot_schedule(), options.schedule)
+    if options.memory_map:
+        _save_figure(saved.plot_memory_map(), options.memory_map)
     if options.graph:
         _save_figure(saved.draw(), options.graph)
     if options.snapshot:

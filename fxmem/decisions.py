@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from .budget import Budget, format_bytes
+from .budget import Budget
 from .memory import ArenaPlan
 from .problem import Problem
 from .report.account import account_of_frontier, account_of_plan
@@ -16,6 +16,7 @@ from .report.snapshot import save_snapshot
 from .report.summary import as_html, as_rich, as_text
 from .saving import save_plan
 from .solvers import Solution
+from .units import format_bytes, format_percent
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,8 @@ class Plan:
 
     def save_snapshot(self, path: str | os.PathLike) -> None:
         """Write the predicted timeline as a memory snapshot for https://pytorch.org/memory_viz, as
-        `torch.cuda.memory._dump_snapshot` does of a real run; or, where the name ends in .html, as a page that shows it.
+        `torch.cuda.memory._dump_snapshot` does of a real run; or, where the name ends in .html, as a page that shows it
+        (PyTorch's viewer, which the browser fetches from a CDN).
 
         Raises PlanError where the file cannot be written.
         """
@@ -131,7 +133,7 @@ class Plan:
 
     def __repr__(self) -> str:
         peaks = f"{format_bytes(self.baseline_peak_bytes)} -> {format_bytes(self.predicted_peak_bytes)}"
-        return f"<Plan of {self.model}: peak {peaks}, extra time {100 * self.predicted_overhead:.1f} %>"
+        return f"<Plan of {self.model}: peak {peaks}, extra time {format_percent(self.predicted_overhead)}>"
 
     def __str__(self) -> str:
         return self.summary()

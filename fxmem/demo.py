@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from .api import transform
-from .budget import format_bytes, parse_budget
+from .budget import parse_budget
 from .codegen.planned import PlannedModule
 from .errors import FxmemError, MissingExtraError
 from .measuring import measure
 from .torchvision_models import load_torchvision
+from .units import format_bytes, format_percent, format_seconds
 
 try:
     from rich.console import Console
@@ -121,7 +122,7 @@ def _table(planned: PlannedModule, peaks: list[int], runs: tuple[Run, Run]) -> T
     table.add_row("budget", "", budget)
     table.add_row("peak, predicted", format_bytes(plan.baseline_peak_bytes), format_bytes(plan.predicted_peak_bytes))
     table.add_row("peak, measured", *map(format_bytes, peaks))
-    table.add_row("time of a step (median)", *(f"{statistics.median(each.times_s):.2f} s" for each in runs))
+    table.add_row("time of a step (median)", *(format_seconds(statistics.median(each.times_s)) for each in runs))
     table.add_row("loss, first step", *(f"{each.losses[0]:.6f}" for each in runs))
     table.add_row("loss, last step", *(f"{each.losses[-1]:.6f}" for each in runs))
     return table
@@ -132,7 +133,8 @@ def _time(planned: PlannedModule, runs: tuple[Run, Run]) -> str:
     plan = planned.plan
     measured = statistics.median(b / a for a, b in zip(*(each.times_s for each in runs), strict=True)) - 1
     return (
-        f"Extra time: {measured:+.1%} measured (median of paired steps), {plan.predicted_overhead:+.1%} predicted. "
+        f"Extra time: {format_percent(measured, sign=True)} measured (median of paired steps), "
+        f"{format_percent(plan.predicted_overhead, sign=True)} predicted. "
         f"Planning took {plan.capture_time_s + plan.solve_time_s:.0f} s ({plan.status})."
     )
 

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from .errors import BudgetError, PlanError
 from .prepared import Prepared, prepare
 from .saving import cache_path, check_fits, load_plan
 from .solvers import find_solver
+from .solvers.base import describe
 from .solving import choose_program, unsolved
 
 log = logging.getLogger(__name__)
@@ -101,3 +102,21 @@ def solve_for(
     number, solution = choose_program(problems, budget, plain_peak_bytes, solver, time_limit_s, starts)
     budget_bytes = None if budget.is_free else budget.resolve(plain_peak_bytes) or solution.timeline.peak_bytes
     return prepared.programs[number], prepared.programs[number].plan(solution, budget_bytes, budget)
+
+
+def none_better(plans_: Sequence[Plan], others: Sequence[Plan]) -> tuple[Plan, ...]:
+    """Each of some plans, or the one among all that takes the least time within its peak; none twice."""
+    best: dict[int, Plan] = {}
+    for plan_ in plans_:
+        within = [p for p in (plan_, *plans_, *others) if p.predicted_peak_bytes <= plan_.predicted_peak_bytes]
+        chosen = min(within, key=lambda p: (p.predicted_overhead, p.predicted_peak_bytes))
+        best.setdefault(id(chosen), plan_ if chosen is plan_ else _in_place_of(plan_, chosen))
+    return tuple(best.values())
+
+
+def _in_place_of(plan_: Plan, better: Plan) -> Plan:
+    """A better plan within the peak of another one, with what is known of all schedules within that peak."""
+    bound = plan_.lower_bound_overhead if plan_.problem is better.problem else 0.0
+    status = describe(better.predicted_overhead, bound, proven=False, stopped=True)
+    solution = replace(better.solution, lower_bound_overhead=bound, status=status)
+    return replace(better, solution=solution, budget_bytes=plan_.budget_bytes, asked=plan_.asked)

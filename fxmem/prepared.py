@@ -127,9 +127,10 @@ def prepare(
     implementations: Sequence[str] | None = None,
     exactness: str = "bitwise",
     inplace: bool = True,
+    everywhere: bool = False,
 ) -> Prepared:
-    """Capture a module and run every pass that needs no budget."""
-    offer = OfferImplementations(implementations, exactness)
+    """Capture a module and run every pass that needs no budget. everywhere: see `OfferImplementations`."""
+    offer = OfferImplementations(implementations, exactness, everywhere)
     rewrite, rewrite_backward = (RewriteParts(implementations, exactness, forward) for forward in (True, False))
     started = time.perf_counter()
     device = device_of(module, args, kwargs)

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import fxmem
 from benchmarks.implementation_cases import CASES, images
 from fxmem.checking import force
 from fxmem.cost import MeasuredCost, OpCall, RooflineCost
-from fxmem.implementations import chains, programs
+from fxmem.implementations import IMPLEMENTATIONS, programs
 from fxmem.prepared import prepare
 
 aten = torch.ops.aten
@@ -20,7 +21,8 @@ aten = torch.ops.aten
 
 @pytest.fixture(autouse=True)
 def chains_of_small_tensors(monkeypatch):
-    monkeypatch.setattr(chains, "LEAST_BYTES", 2000)
+    for name in ("chain", "chain_accurate"):
+        monkeypatch.setitem(IMPLEMENTATIONS, name, replace(IMPLEMENTATIONS[name], least_bytes=2000))
 
 
 NORM = "fxmem.batch_norm_again.default(x0, w1, w2, w3, w4)"

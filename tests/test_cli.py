@@ -1,6 +1,9 @@
 """The command line and its demo."""
 
 import json
+import os
+import re
+import shlex
 import subprocess
 import sys
 
@@ -8,6 +11,7 @@ import pytest
 import torch
 
 import fxmem
+from benchmarks.report import ROOT
 from fxmem.__main__ import main
 from fxmem.commands import parse_input
 from fxmem.errors import MissingExtraError
@@ -114,10 +118,27 @@ def test_frontier_with_a_peer(tmp_path, capsys):
 
 
 def test_show_draws(saved, tmp_path, capsys):
-    names = {"timeline": "a.png", "schedule": "b.svg", "graph": "c.png", "snapshot": "d.html"}
+    names = {"timeline": "a.png", "schedule": "b.svg", "graph": "c.png", "memory-map": "d.png", "snapshot": "e.html"}
     options = [part for what, name in names.items() for part in (f"--{what}", str(tmp_path / name))]
     assert main(["show", str(saved), "--json", *options]) == 0
     assert all((tmp_path / name).stat().st_size > 1000 for name in names.values())
+
+
+def test_the_commands_of_the_documentation_run(tmp_path, monkeypatch, capsys):
+    """One after the other, as they stand there, on a small model; the demo has a test of its own."""
+    (block,) = re.findall(r"```bash\n(.*?)```", (ROOT / "docs" / "seeing.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    for line in block.splitlines():
+        small = (
+            line.replace("torchvision.models:resnet50", "helpers.models:ConvNet")
+            .replace("3,224,224", "3,16,16")
+            .replace("--budget 0.5", "--budget 0.7")
+        )
+        _, command, *options = shlex.split(small)
+        if command != "demo":
+            assert main([command, *options, *(["--time-limit", "0.5"] if command != "show" else [])]) == 0
+    made = {"plan.json", "timeline.png", "arena.png", "snapshot.pickle", "frontier.png"}
+    assert {path.name for path in tmp_path.iterdir()} == made and "planned, predicted" in capsys.readouterr().out
 
 
 def test_measure(saved, capsys):
@@ -203,6 +224,16 @@ def test_what_nobody_foresaw_is_one_line_too(monkeypatch, capsys):
     assert capsys.readouterr().err == "fxmem: ZeroDivisionError: division by zero (--verbose shows where)\n"
     assert main(["show", "plan.json", "--verbose"]) == 2
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_reader_who_has_seen_enough(saved):
+    """`fxmem show plan.json | head -0`: nothing on stderr."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "fxmem", "show", str(saved)]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 @pytest.mark.parametrize("command", [[], ["demo"], ["plan"], ["frontier"], ["measure"], ["show"]])

@@ -6,6 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -25,7 +26,6 @@ from fxmem.implementations import (
     Result,
     Rewrite,
     bits,
-    chains,
     choose_implementations,
     hardtanh,
     max_pool,
@@ -47,7 +47,6 @@ NOT_BITWISE = {  # and so offered nowhere
 @pytest.fixture(autouse=True)
 def operators_of_a_chain_one_by_one(monkeypatch):
     """A compiler takes seconds for each chain: see test_chains."""
-    monkeypatch.setattr(chains, "LEAST_BYTES", 1)
     monkeypatch.setattr(programs, "_trusted", {})
     monkeypatch.setattr(programs, "generates_code", lambda device: False)
 
@@ -146,9 +145,8 @@ def test_pool_offsets(kernel, dilation):
     assert torch.equal(max_pool.backward_from_offsets(gradient, offsets, list(x.shape), *window, True), expected)
 
 
-def test_a_bit_saves_what_nobody_else_keeps(monkeypatch):
+def test_a_bit_saves_what_nobody_else_keeps():
     """Before a pool, neither the ReLU's output nor the pool's indices need be kept: a bit and a byte, or less, will do."""
-    monkeypatch.setattr(chains, "LEAST_BYTES", 1 << 24)  # which, one by one, hold more than all that this saves
     torch.manual_seed(0)
     blocks = (
         nn.Sequential(nn.Conv2d(c, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(3, 1, 1))
@@ -314,6 +312,19 @@ def test_the_pass_offers_beside_the_graph():
     assert set(offered) == {"encoder", "alternative"} and not offered["alternative"].users
     assert [n.name for n in joint.graph.nodes if "fxmem_offers" not in n.meta] == program
     assert CODE not in offered["alternative"].args
+
+
+def test_what_is_not_worth_it_is_checked_all_the_same(monkeypatch):
+    """A node that makes less than an implementation's least bytes is offered nothing, but by the check."""
+    module, x = Between(nn.ReLU()), images()
+    relu_bytes = module(x).nbytes
+
+    def offered(least_bytes: int) -> bool:
+        monkeypatch.setitem(IMPLEMENTATIONS, "relu_bits", replace(IMPLEMENTATIONS["relu_bits"], least_bytes=least_bytes))
+        return bool(prepare(module, (x,), {}, "V100", "all", ("relu_bits",)).lowered.problem.alternatives)
+
+    assert offered(relu_bytes) and not offered(relu_bytes + 1)
+    assert fxmem.check_implementation("relu_bits", module, (x,)).places == 1
 
 
 def test_bits_keep_their_order_when_a_kernel_lays_its_result_out_otherwise():

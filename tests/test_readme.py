@@ -3,9 +3,12 @@
 import importlib.util
 import re
 import shlex
+from dataclasses import is_dataclass
 
 import pytest
 
+import fxmem
+import fxmem.memory
 from benchmarks.report import END, ROOT, pages
 from fxmem.__main__ import _parser
 from fxmem.implementations import IMPLEMENTATIONS
@@ -67,6 +70,23 @@ def test_ci_runs_the_test_command():
     assert re.findall(r"^pip install .*python -m pytest.*$", README, re.MULTILINE) == [
         'pip install -e ".[test]" && python -m pytest'
     ]
+
+
+def fields_of(package) -> list[tuple[str, str]]:
+    """The public dataclasses of a package that people get back, and their fields and properties."""
+    classes = [getattr(package, name) for name in package.__all__ if is_dataclass(getattr(package, name))]
+    return [(c.__name__, n) for c in classes for n in vars(c) | c.__annotations__ if not n.startswith("_")]
+
+
+def test_every_public_name_has_a_word():
+    """All that `fxmem`, `fxmem.memory` and `fxmem.passes` offer, down to the fields of what they return, stands in the
+    documentation (of passes: in the package's own docstring) as code."""
+    code = [found for page in PAGES for found in re.findall(r"`[^`\n]+`|^## .*$", (ROOT / page).read_text(), re.MULTILINE)]
+    words = set(re.findall(r"\w+", " ".join(code)))
+    names = {*fxmem.__all__, *fxmem.memory.__all__}
+    assert names - words == set()
+    assert {f"{owner}.{name}" for owner, name in (*fields_of(fxmem), *fields_of(fxmem.memory)) if name not in words} == set()
+    assert {*fxmem.passes.__all__} - {"Pass"} == set(re.findall(r"^(\w+)  +\w", fxmem.passes.__doc__, re.MULTILINE))
 
 
 @pytest.mark.parametrize("page", PAGES)

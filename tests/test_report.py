@@ -6,6 +6,7 @@ import json
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 
 import matplotlib
 import pytest
@@ -16,15 +17,17 @@ from rich.console import Console
 
 import fxmem
 from benchmarks.models import gpt2, on_meta, resnet50
-from fxmem.budget import format_bytes
 from fxmem.errors import FxmemError, MissingExtraError, PlanError
+from fxmem.planning import none_better
 from fxmem.problem import Operator, Problem, Storage
-from fxmem.report.account import Account, Table, account_of_plan, format_seconds
+from fxmem.report.account import Account, Table, account_of_plan
+from fxmem.report.axes import title_of
 from fxmem.report.replay import bytes_by_kind, chosen_implementations, is_recompute, shares_by_module, step_times_s
 from fxmem.report.snapshot import snapshot_of
 from fxmem.report.summary import WIDTH, as_text
 from fxmem.schedule import Schedule, plain_schedule, simulate
 from fxmem.torch_internals import memory_viz
+from fxmem.units import format_bytes, format_percent, format_seconds
 
 matplotlib.use("Agg")
 FAST = {"cost": "V100", "time_limit_s": 0.5}
@@ -113,6 +116,17 @@ def test_no_name_is_too_long():
     assert [line[:7] for line in lines[1:4]] == ["found  ", " " * 7, " " * 7]
 
 
+@pytest.mark.parametrize("words", range(70, 90))
+def test_no_number_without_its_unit(words):
+    lines = as_text(Account("m", (("found", f"{'x' * words} below 4.3 %; 1.5 GB, 7.9 s to capture"),), ())).splitlines()
+    assert all(part in "\n".join(lines) for part in ("4.3 %", "1.5 GB", "7.9 s")) and max(map(len, lines)) <= WIDTH
+
+
+def test_a_long_title_has_two_lines():
+    assert title_of("Net", "peak against time") == "Net: peak against time"
+    assert title_of("N" * 45, "peak against time") == "N" * 45 + ":\npeak against time"
+
+
 def test_rich_and_html_say_the_same(plan):
     console = Console(file=io.StringIO(), width=120)
     console.print(plan)
@@ -122,9 +136,28 @@ def test_rich_and_html_say_the_same(plan):
         assert len(cell) >= 12 or (cell in shown and cell in page)
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(0, "0"), (2e-6, "2.0 us"), (0.0125, "12.50 ms"), (3, "3.00 s")])
-def test_seconds(seconds, text):
-    assert format_seconds(seconds) == text
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (format_seconds(0), "0"),
+        (format_seconds(2e-6), "2.0 us"),
+        (format_seconds(0.0125), "12.50 ms"),
+        (format_seconds(3), "3.00 s"),
+        (format_bytes(0), "0 B"),
+        (format_bytes(999), "999 B"),
+        (format_bytes(1_500), "1.5 KB"),
+        (format_bytes(387e6), "387.0 MB"),
+        (format_bytes(1_250_000_000), "1.25 GB"),
+        (format_bytes(-2e6), "-2.0 MB"),
+        (format_percent(0.0749), "7.5 %"),
+        (format_percent(0.5, 0), "50 %"),
+        (format_percent(-0.123, 2, sign=True), "-12.30 %"),
+        (format_percent(0.1, sign=True), "+10.0 %"),
+        (format_percent(12), "1,200.0 %"),
+    ],
+)
+def test_units(text, expected):
+    assert text == expected
 
 
 def overlaps(figure) -> list[tuple[str, str]]:
@@ -162,6 +195,7 @@ def test_pictures_of_large_models(large, tmp_path):
         assert [a.get_ylabel() for a in axes] == [f"memory ({'GB' if plan.baseline_peak_bytes >= 1e9 else 'MB'})"] * 2
         rendered(axes[0], tmp_path / "timeline.png")
         rendered(plan.plot_schedule(), tmp_path / "schedule.png")
+        rendered(plan.plot_memory_map(), tmp_path / "memory_map.png")
         rendered(plan.draw(), tmp_path / "graph.png")
 
 
@@ -214,10 +248,35 @@ def test_frontier(frontier, tmp_path):
 
 
 def test_no_peer_is_better(frontier):
-    ours = {plan.predicted_peak_bytes: plan.predicted_overhead for plan in frontier}
     peers = [peer for plans in frontier.peers.values() for peer in plans]
     assert peers and all(peer.predicted_peak_bytes <= peer.budget_bytes for peer in peers)
-    assert all(ours[peer.budget_bytes] <= peer.predicted_overhead + 1e-9 for peer in peers)
+    for peer in peers:
+        ours = [plan.predicted_overhead for plan in frontier if plan.predicted_peak_bytes <= peer.budget_bytes]
+        assert min(ours) <= peer.predicted_overhead + 1e-9
+
+
+def test_a_better_peer_takes_the_place():
+    """Where time was short: within its peak, and no plan twice; what was proven of that peak is still known."""
+    names = ("x", "a", "b", "gb", "ga")
+    storages = tuple(Storage(name, 10) for name in names)
+    operators = (Operator("a", (0,), (1,), 1.0), Operator("b", (1,), (2,), 1.0), Operator("gb", (1, 2), (3,), 1.0))
+    problem = Problem(storages, (*operators, Operator("ga", (0, 3), (4,), 1.0)), 2, 4, frozenset({4}))
+
+    def made(steps, peak_bytes, bound=0.0):
+        solution = _solution(problem, Schedule(steps))
+        timeline = replace(solution.timeline, peak_bytes=peak_bytes)
+        return fxmem.Plan(
+            "m", peak_bytes, 100, {}, problem, replace(solution, timeline=timeline, lower_bound_overhead=bound), "given", 0.0
+        )
+
+    plain, slow, slower = made((0, 1, 2, 3), 90), made((0, 1, 0, 1, 2, 3), 60, 0.2), made((0, 1, 0, 1, 0, 2, 3), 50)
+    peer = made((0, 1, 0, 2, 3), 55)
+    first, second, third = none_better((plain, slow, slower), [peer])
+    assert first is plain and third is slower
+    assert (second.predicted_peak_bytes, second.predicted_overhead, second.budget_bytes) == (55, 0.25, 60)
+    assert second.lower_bound_overhead == 0.2 and second.status == "within 4.0 % of the bound (stopped by the time limit)"
+    best = none_better((plain, slow, slower), [made((0, 1, 0, 2, 3), 45)])
+    assert [p.predicted_peak_bytes for p in best] == [90, 45]
 
 
 def test_unknown_peer():

@@ -80,7 +80,8 @@ class Implementation:
 
     name: what users choose it by. serves: targets of the backward nodes (forward: of the forward's) that `choose` is asked
     about; it gives a Choice, a Rewrite, or None where it does not apply; forward: any number of Choices, which decode.
-    exactness: "bitwise" (gradients are those of the plain operator, bit for bit) or "accurate".
+    exactness: "bitwise" (gradients are those of the plain operator, bit for bit) or "accurate". least_bytes: what a node has to
+    make for a Choice to be worth it.
     """
 
     name: str
@@ -88,18 +89,20 @@ class Implementation:
     exactness: str
     choose: Chooser
     forward: bool = False
+    least_bytes: int = 0
 
 
 IMPLEMENTATIONS: dict[str, Implementation] = {}
 
 
 def register_implementation(
-    name: str, *serves: Any, exactness: str = "bitwise", forward: bool = False
+    name: str, *serves: Any, exactness: str = "bitwise", forward: bool = False, least_bytes: int = 0
 ) -> Callable[[Chooser], Chooser]:
     """Decorator for a function that is given a backward node and returns a Choice, a Rewrite, or None where it does not apply.
 
     serves: targets of the nodes, as in `torch.ops.aten.threshold_backward.default`. forward: it is given nodes of the forward
         instead, and returns a sequence of Choices, each with a `decode`: other ways to run the node again.
+    least_bytes: nodes that make less are passed over, but not by `fxmem.check_implementation`, and not for a Rewrite.
     Raises ImplementationError for an unknown exactness, or a name that another function has.
     """
     if not isinstance(name, str) or not name or name.startswith("-"):
@@ -113,7 +116,7 @@ def register_implementation(
         known = IMPLEMENTATIONS.get(name)
         if known is not None and known.choose.__qualname__ != choose.__qualname__:
             raise ImplementationError(f"there is an implementation {name!r} already; give this one another name")
-        IMPLEMENTATIONS[name] = Implementation(name, serves, exactness, choose, forward)
+        IMPLEMENTATIONS[name] = Implementation(name, serves, exactness, choose, forward, least_bytes)
         return choose
 
     return register

@@ -38,13 +38,15 @@ FUNCTIONS = (
 POINTWISE = (*SUMS, *PRODUCTS, *SELECTIONS, *FUNCTIONS)
 
 
-@register_implementation("chain", *POINTWISE, operator.getitem, forward=True)
+@register_implementation("chain", *POINTWISE, operator.getitem, forward=True, least_bytes=LEAST_BYTES)
 def chain_bitwise(node: fx.Node) -> list[Choice]:
     """What the chain begins with: relu, hardtanh, sums, products, batch norm and dropout again as one kernel."""
     return _choices(node, exact=True)
 
 
-@register_implementation("chain_accurate", *POINTWISE, operator.getitem, exactness="accurate", forward=True)
+@register_implementation(
+    "chain_accurate", *POINTWISE, operator.getitem, exactness="accurate", forward=True, least_bytes=LEAST_BYTES
+)
 def chain_accurate(node: fx.Node) -> list[Choice]:
     """What the chain begins with: pointwise operators and norms again as one kernel, which rounds less often."""
     return _choices(node, exact=False)
@@ -52,7 +54,7 @@ def chain_accurate(node: fx.Node) -> list[Choice]:
 
 def _choices(node: fx.Node, exact: bool) -> list[Choice]:
     value = node.meta["val"]
-    if not isinstance(value, torch.Tensor) or value.nbytes < LEAST_BYTES or not is_dense(value) or not _is_read_elsewhere(node):
+    if not isinstance(value, torch.Tensor) or not is_dense(value) or not _is_read_elsewhere(node):
         return []
     if not generates_code(value.device):
         return []

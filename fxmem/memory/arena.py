@@ -14,6 +14,7 @@ import numpy as np
 
 from ..problem import Problem
 from ..schedule import Schedule, simulate
+from ..units import format_percent
 from .intervals import Interval
 from .lifetimes import Buffer, buffers_of
 from .offsets import OffsetPlan, plan_offsets
@@ -80,8 +81,8 @@ class ArenaPlan:
     def __str__(self) -> str:
         """A table: sums, then a line for each buffer."""
         lines = [
-            f"arena of {self.arena_bytes:,} bytes for {len(self.inside)} of {len(self.places)} buffers, {self.share:.0%} of "
-            f"the bytes; peak with it {self.peak_bytes:,} bytes",
+            f"arena of {self.arena_bytes:,} bytes for {len(self.inside)} of {len(self.places)} buffers, "
+            f"{format_percent(self.share, 0)} of the bytes; peak with it {self.peak_bytes:,} bytes",
             *(f"  outside: {n} buffers, {size:,} bytes: {why}" for why, (n, size) in self.why_outside().items()),
             "",
             f"{'buffer':<44}{'bytes':>14}{'steps':>14}  where",

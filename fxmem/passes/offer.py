@@ -6,6 +6,7 @@ import contextlib
 import operator
 from collections.abc import Iterator, Sequence
 
+import torch
 from torch import fx
 
 from ..errors import ImplementationError
@@ -20,23 +21,34 @@ class OfferImplementations(Pass):
     a backward node's result ("alternative"), the latter two with `meta["fxmem_stands_for"]`, the node that they stand for;
     all with `meta["fxmem_implementation"]`.
 
-    names, exactness: as for `fxmem.transform`. Needs ShapeProp. Raises ImplementationError for a name that is not known,
+    names, exactness: as for `fxmem.transform`. everywhere: whatever `least_bytes` an implementation has. Needs
+    ShapeProp. Raises ImplementationError for a name that is not known,
     and, naming it, for an implementation that fails. One that makes something of another shape, layout or type is not offered.
     """
 
-    def __init__(self, names: Sequence[str] | None = None, exactness: str = "bitwise"):
+    def __init__(self, names: Sequence[str] | None = None, exactness: str = "bitwise", everywhere: bool = False):
         super().__init__()
-        self.implementations = choose_implementations(names, exactness)
+        self.implementations, self.everywhere = choose_implementations(names, exactness), everywhere
 
     def apply(self, graph_module: fx.GraphModule) -> bool:
         require(graph_module, "fxmem_storages", "ShapeProp")
         offers = _Offers(graph_module)
         for node in [n for n in graph_module.graph.nodes if n.op == "call_function"]:
             for implementation in self.implementations:
-                if node.target in implementation.serves and implementation.forward != is_backward(node):
+                if self._is_for(implementation, node):
                     offers.add(implementation, node)
         graph_module.meta["fxmem_storages"] = tuple(offers.infos)
         return offers.added
+
+    def _is_for(self, implementation: Implementation, node: fx.Node) -> bool:
+        if node.target not in implementation.serves or implementation.forward == is_backward(node):
+            return False
+        return self.everywhere or implementation.least_bytes <= made_bytes(node)
+
+
+def made_bytes(node: fx.Node) -> int:
+    """Bytes of the tensors that a node makes."""
+    return sum(leaf.nbytes for leaf in pytree.tree_leaves(node.meta["val"]) if isinstance(leaf, torch.Tensor))
 
 
 @contextlib.contextmanager

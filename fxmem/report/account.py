@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..budget import format_bytes
+from ..units import format_bytes, format_percent, format_seconds
 from .replay import PEAK_KINDS, TITLES, alive_during, chosen_implementations, is_recompute, maker_of, shares_by_module
 
 if TYPE_CHECKING:
@@ -47,8 +47,8 @@ def account_of_plan(plan: Plan) -> Account:
 def account_of_frontier(frontier: Frontier) -> Account:
     """One row for each plan."""
     rows = (
-        (f"{p.predicted_peak_bytes:,}", f"{p.predicted_peak_bytes / p.baseline_peak_bytes:.1%}",
-         f"{100 * p.predicted_overhead:.1f} %", f"{100 * p.lower_bound_overhead:.1f} %", p.status)
+        (f"{p.predicted_peak_bytes:,}", format_percent(p.predicted_peak_bytes / p.baseline_peak_bytes),
+         format_percent(p.predicted_overhead), format_percent(p.lower_bound_overhead), p.status)
         for p in frontier
     )  # fmt: skip
     table = Table("", ("peak (bytes)", "of plain", "extra time", "at least", "status"), tuple(rows))
@@ -63,17 +63,16 @@ def _title(plan: Plan) -> str:
 def _facts(plan: Plan) -> Iterable[tuple[str, str]]:
     share = plan.predicted_peak_bytes / plan.baseline_peak_bytes
     peaks = f"{format_bytes(plan.baseline_peak_bytes)} -> {format_bytes(plan.predicted_peak_bytes)}"
-    yield "peak", f"{peaks} ({share:.0%} of the plain module's)"
-    yield "time", f"+{100 * plan.predicted_overhead:.1f} % predicted ({plan.cost} costs){_parts(plan)}"
-    bound = 100 * plan.lower_bound_overhead
-    yield "found", f"{plan.status}; none within this budget is below +{bound:.1f} %"
+    yield "peak", f"{peaks} ({format_percent(share, 0)} of the plain module's)"
+    yield "time", f"{format_percent(plan.predicted_overhead, sign=True)} predicted ({plan.cost} costs){_parts(plan)}"
+    yield "found", f"{plan.status}; none within this budget is below {format_percent(plan.lower_bound_overhead, sign=True)}"
     steps, timeline = plan.solution.schedule.steps, plan.solution.timeline
     again = sum(is_recompute(plan.problem, plan.solution.schedule))
     in_place = sum(pair is not None for pair in timeline.inplace)
     yield "steps", f"{len(steps):,}, of which {again:,} recompute and {in_place:,} run in place"
     if plan.arena is not None:
         arena = plan.arena
-        inside = f"{len(arena.inside):,} of {len(arena.places):,} buffers, {arena.share:.0%} of their bytes"
+        inside = f"{len(arena.inside):,} of {len(arena.places):,} buffers, {format_percent(arena.share, 0)} of their bytes"
         yield "arena", f"{format_bytes(arena.arena_bytes)} for {inside}; print(plan.arena) lists them"
     yield "took", f"{plan.capture_time_s:.1f} s to capture, {plan.solve_time_s:.1f} s to solve"
 
@@ -86,7 +85,7 @@ def _parts(plan: Plan) -> str:
         return ""
     again_s = plan.solution.timeline.time_s - plan.problem.plain_time_s - encoders_s - slower_s
     recompute, encoders, slower = (
-        f"{100 * s / plan.problem.plain_time_s:.1f} %" for s in (max(0.0, again_s), encoders_s, slower_s)
+        format_percent(s / plan.problem.plain_time_s) for s in (max(0.0, again_s), encoders_s, slower_s)
     )
     return f": recompute {recompute}, encoders {encoders}, slower implementations {slower}"
 
@@ -133,7 +132,7 @@ def _modules(plan: Plan) -> tuple[Table, ...]:
     rows = tuple((n or "(root)", format_bytes(shares[n].kept_bytes)) for n in kept[:MODULES])
     tables = [Table(_ranked("Kept", kept), ("module", "bytes"), rows)] if kept else []
     rows = tuple(
-        (n or "(root)", format_bytes(shares[n].recomputed_bytes), f"{100 * shares[n].recomputed_s / plain_s:.2f} %")
+        (n or "(root)", format_bytes(shares[n].recomputed_bytes), format_percent(shares[n].recomputed_s / plain_s, 2))
         for n in again[:MODULES]
     )
     return (*tables, *([Table(_ranked("Recomputed", again), ("module", "bytes", "time"), rows)] if again else []))
@@ -141,11 +140,3 @@ def _modules(plan: Plan) -> tuple[Table, ...]:
 
 def _ranked(title: str, names: list[str]) -> str:
     return f"{title} ({MODULES} of {len(names)} modules)" if len(names) > MODULES else title
-
-
-def format_seconds(seconds: float) -> str:
-    """As in "1.25 ms"."""
-    for unit, size in (("s", 1.0), ("ms", 1e-3)):
-        if seconds >= size:
-            return f"{seconds / size:.2f} {unit}"
-    return f"{seconds / 1e-6:.1f} us" if seconds else "0"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from ..errors import MissingExtraError
 
-WIDTH_INCHES = 7.0
-BYTES_IN = (("GB", 1e9), ("MB", 1e6), ("KB", 1e3))
-SECONDS_IN = (("s", 1.0), ("ms", 1e-3), ("us", 1e-6))
+WIDTH_INCHES = 6.0  # at which labels of nine points can be read on a phone
+LEGEND_BELOW_INCHES = 0.5
+LONGEST_TITLE = 55  # characters
 KIND_COLOURS = {  # from dark to light, so that neighbours in the stack differ without colour
     "parameter": "#1b2a49",
     "buffer": "#33507a",
@@ -29,6 +30,17 @@ def pyplot() -> Any:
     return matplotlib.pyplot
 
 
-def unit_of(largest: float, units: tuple[tuple[str, float], ...]) -> tuple[str, float]:
-    """The name and the size of the largest unit that `largest` holds at least once; the smallest unit where none is."""
-    return next(((name, size) for name, size in units if largest >= size), units[-1])
+def title_of(model: str, text: str) -> str:
+    """Of a picture: on two lines where one would be cut."""
+    return f"{model}: {text}" if len(model) + len(text) < LONGEST_TITLE else f"{model}:\n{text}"
+
+
+def legend_below(axes: Any, handles: Sequence[Any], columns: int = 3) -> None:
+    """The legend under the x axis, where it covers nothing, whatever else there is in the figure."""
+    from matplotlib.transforms import ScaledTranslation
+
+    below = axes.transAxes + ScaledTranslation(0, -LEGEND_BELOW_INCHES, axes.figure.dpi_scale_trans)
+    axes.legend(
+        handles=handles, loc="upper center", bbox_to_anchor=(0.5, 0), bbox_transform=below, ncols=columns, frameon=False,
+        fontsize=9, borderaxespad=0,
+    )  # fmt: skip

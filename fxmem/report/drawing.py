@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import FxmemError
 from ..schedule import forward_length
-from .axes import AGAIN, IN_PLACE, KEPT, WIDTH_INCHES, pyplot
+from .axes import AGAIN, IN_PLACE, KEPT, WIDTH_INCHES, legend_below, pyplot, title_of
 from .replay import is_recompute, kept_storages
 
 if TYPE_CHECKING:
@@ -42,13 +42,13 @@ def draw(plan: Plan, module: str | None = None, axes: Any = None) -> Any:
     where = f" in {picture.module}" if picture.module else ""
     axes.set(
         xlim=(-0.52, 1.52), ylim=(picture.height - 0.3, -0.7), xticks=(0, 1), yticks=(),
-        xlabel="phase of the step (time runs down, then up)", title=f"{plan.model}: {len(picture.steps)} steps{where}",
+        xlabel="phase of the step (time runs down, then up)", title=title_of(plan.model, f"{len(picture.steps)} steps{where}"),
     )  # fmt: skip
     axes.set_xticklabels(("forward, downwards", "backward, upwards"))
     axes.spines[:].set_visible(False)
     patches = [plt.Rectangle((0, 0), 1, 1, facecolor=c, edgecolor="black", label=text) for c, text in MEANINGS.items()]
     patches.append(plt.Rectangle((0, 0), 1, 1, facecolor="white", edgecolor=IN_PLACE, linewidth=2.5, label="runs in place"))
-    axes.figure.legend(handles=patches, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    legend_below(axes, patches, columns=2)
     return axes
 
 

@@ -6,10 +6,10 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..budget import format_bytes
 from ..memory import buffers_of, plan_arena
 from ..schedule import Timeline, forward_length, plain_schedule, simulate
-from .axes import AGAIN, BYTES_IN, IN_PLACE, KEPT, KIND_COLOURS, RUN, SECONDS_IN, WIDTH_INCHES, pyplot, unit_of
+from ..units import BYTES_IN, SECONDS_IN, format_bytes, unit_of
+from .axes import AGAIN, IN_PLACE, KEPT, KIND_COLOURS, RUN, WIDTH_INCHES, legend_below, pyplot, title_of
 from .replay import PEAK_KINDS, TITLES, bytes_by_kind, is_recompute, step_times_s
 
 if TYPE_CHECKING:
@@ -27,19 +27,19 @@ def plot_timeline(plan: Plan) -> tuple[Any, Any]:
     problem, planned = plan.problem, plan.solution
     plain = plain_schedule(problem)
     runs = ((plain, simulate(problem, plain)), (planned.schedule, planned.timeline))
-    figure, (above, below) = plt.subplots(
-        2, 1, figsize=(WIDTH_INCHES, 7.4), sharex=True, sharey=True, layout="constrained", gridspec_kw={"hspace": 0.03}
+    _, (above, below) = plt.subplots(
+        2, 1, figsize=(WIDTH_INCHES, 7.0), sharex=True, sharey=True, layout="constrained", gridspec_kw={"hspace": 0.03}
     )
     unit, size = unit_of(plan.baseline_peak_bytes, BYTES_IN)
     highest = max(plan.baseline_peak_bytes, plan.predicted_peak_bytes, plan.budget_bytes or 0, *(t.peak_bytes for _, t in runs))
-    for axes, (schedule, timeline), title in zip((above, below), runs, ("Nothing recomputed", "Planned"), strict=True):
+    for axes, (schedule, timeline), title in zip((above, below), runs, ("nothing recomputed", "planned"), strict=True):
         edges, label = _edges(problem, schedule)
         _stack(axes, bytes_by_kind(problem, schedule, timeline), edges, size)
         _peak(axes, timeline, edges, size, 1.07 * highest / size)
         end = edges[forward_length(problem, schedule)]
         axes.axvline(end, color="black", linewidth=0.8, linestyle=":")
         axes.text(end, 0.985, " backward", transform=axes.get_xaxis_transform(), va="top", fontsize=9)
-        axes.set(ylabel=f"memory ({unit})", title=f"{plan.model}: {title[0].lower()}{title[1:]}")
+        axes.set(ylabel=f"memory ({unit})", title=title_of(plan.model, title))
         axes.set_ylim(0, 1.3 * highest / size)
     above.axhline(plan.baseline_peak_bytes / size, color="black", linewidth=1.2, linestyle="--", label="plain PyTorch's peak")
     if plan.budget_bytes is not None:
@@ -47,7 +47,7 @@ def plot_timeline(plan: Plan) -> tuple[Any, Any]:
     below.set(xlabel=label)
     below.set_xlim(0, edges[-1])
     handles = {text: handle for axes in (above, below) for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    legend_below(below, list(handles.values()))
     return above, below
 
 
@@ -73,11 +73,11 @@ def _stack(axes: Any, series: dict[str, list[int]], edges: list[float], size: fl
 
 
 def _peak(axes: Any, timeline: Timeline, edges: list[float], size: float, height: float) -> None:
-    """An arrow to the highest point, from a label at `height`."""
+    """An arrow to the highest point, from a label at `height`, beside the line where the backward begins."""
     x, y = (edges[timeline.peak_step] + edges[timeline.peak_step + 1]) / 2, timeline.peak_bytes / size
     side = "right" if x > 0.6 * edges[-1] else "left"
     axes.annotate(
-        f"peak {format_bytes(timeline.peak_bytes)}", (x, y), xytext=(x, height), ha=side, va="bottom", fontsize=10,
+        f"  peak {format_bytes(timeline.peak_bytes)}  ", (x, y), xytext=(x, height), ha=side, va="bottom", fontsize=10,
         arrowprops={"arrowstyle": "->", "linewidth": 1, "relpos": (side == "right", 0)},
     )  # fmt: skip
 
@@ -108,11 +108,11 @@ def plot_schedule(plan: Plan, axes: Any = None) -> Any:
     axes.set(
         xlim=(0, len(schedule.steps)), ylim=(problem.num_program, -1), xlabel="time (steps of the schedule)",
         ylabel="operator (number in program order)",
-        title=f"{plan.model}: {len(schedule.steps):,} steps, {sum(again):,} of them recompute",
+        title=title_of(plan.model, f"{len(schedule.steps):,} steps, {sum(again):,} of them recompute"),
     )  # fmt: skip
     names = {KEPT: "kept", RUN: "runs", IN_PLACE: "runs in place", AGAIN: "runs again"}
     handles = [plt.Line2D([], [], linestyle="none", marker="s", markersize=9, color=c, label=n) for c, n in names.items()]
-    axes.figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=10)
+    legend_below(axes, handles, columns=4)
     return axes
 
 
@@ -149,7 +149,7 @@ def plot_frontier(frontier: Frontier, axes: Any = None) -> Any:
     axes.set(
         xlabel=f"peak of the step ({unit})",
         ylabel=f"extra time (%, {first.cost} costs)",
-        title=f"{first.model}: peak against time",
+        title=title_of(first.model, "peak against time"),
     )
     return axes
 
@@ -176,7 +176,7 @@ def plot_points(
     axes.axvline(plain_peak, color="black", linewidth=1.0, linestyle="--", label="plain PyTorch's peak")
     axes.grid(alpha=0.3)
     axes.set_ylim(bottom=min(-1.0, axes.get_ylim()[0]))
-    axes.legend(loc="upper right", fontsize=9, framealpha=0.9)
+    legend_below(axes, axes.get_legend_handles_labels()[0])
     return axes
 
 
@@ -201,13 +201,13 @@ def plot_memory_map(plan: Plan, axes: Any = None) -> Any:
     if end < steps:
         axes.axvline(end, color="black", linewidth=0.8, linestyle=":")
         axes.text(end, 1.005, "backward", transform=axes.get_xaxis_transform(), fontsize=9)
-    told = "arena" if plan.arena is not None else "what an arena for all buffers would be"
+    told = f"arena of {len(blocks):,} buffers" if plan.arena is not None else f"{len(blocks):,} buffers, if all lay in an arena"
     axes.set(
         xlim=(0, steps), ylim=(0, 1.04 * arena_bytes / size or 1), xlabel="time (steps of the schedule)",
         ylabel=f"address ({unit})",
     )  # fmt: skip
-    axes.set_title(f"{plan.model}: {told}, {len(blocks):,} buffers", pad=16)
-    axes.figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    axes.set_title(title_of(plan.model, told), pad=16)
+    legend_below(axes, axes.get_legend_handles_labels()[0], columns=2)
     return axes
 
 

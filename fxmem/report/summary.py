@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import itertools
+import re
 import textwrap
 from typing import Any
 
@@ -19,7 +20,9 @@ def as_text(account: Account) -> str:
     """At most WIDTH characters a line; tables side by side where they fit."""
     lines = [account.title]
     for name, text in account.facts:
-        lines += textwrap.wrap(text, WIDTH, initial_indent=f"{name:<7}", subsequent_indent=" " * 7)
+        glued = re.sub(r"(?<=\d) (?=%|[KMG]?B\b|s\b)", "\N{NO-BREAK SPACE}", text)  # no number without its unit
+        wrapped = textwrap.wrap(glued, WIDTH, initial_indent=f"{name:<7}", subsequent_indent=" " * 7)
+        lines += [line.replace("\N{NO-BREAK SPACE}", " ") for line in wrapped]
     for row in account.tables:
         blocks = [_text_table(table) for table in row]
         beside = len(blocks) > 1 and sum(len(b[0]) for b in blocks) + GAP * (len(blocks) - 1) <= WIDTH

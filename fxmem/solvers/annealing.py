@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from random import Random
 
 from ..problem import Problem
+from ..units import format_percent
 from .moves import Moves
 from .packing import pack
 from .stages import compile_problem
@@ -100,5 +101,5 @@ def _walk(state: State, run: Run, moves: Moves, best: Incumbent, deadline: float
             if time.monotonic() > deadline:
                 return False
             if progress and count % (16 * CHECK_EVERY) == 0:
-                progress(f"search: {count} of {run.moves} moves, best extra time {100 * best.time_s / unit_s:.2f} %")
+                progress(f"search: {count} of {run.moves} moves, best extra time {format_percent(best.time_s / unit_s, 2)}")
     return True

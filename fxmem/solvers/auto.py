@@ -14,6 +14,7 @@ from dataclasses import replace
 
 from ..problem import without_implementations
 from ..schedule import Schedule, simulate
+from ..units import format_percent
 from .base import SOLVERS, Answer, Task, judge, register_solver
 from .bound import lower_bound
 from .lift import lift
@@ -54,7 +55,8 @@ def auto(task: Task) -> Answer:
     bound = bound_s / unit_s
     if task.progress:
         task.progress(
-            f"extra time {100 * overhead:.2f} %, no schedule below {100 * bound:.2f} %, gap {100 * (overhead - bound):.2f} %"
+            f"extra time {format_percent(overhead, 2)}, no schedule below {format_percent(bound, 2)}, "
+            f"gap {format_percent(overhead - bound, 2)}"
         )
     proven = False
     if overhead - bound > CLOSE and not answer.stopped and binaries(task.problem, compiled) <= MOST_BINARIES:
@@ -90,6 +92,6 @@ def _peers(task: Task, compiled: Compiled, log: list[str]) -> list[Schedule]:
             break
         schedule = SOLVERS[name](task).schedule
         if schedule is not None:
-            log.append(f"{name}: extra time {100 * simulate(task.problem, schedule).overhead:.3f} %")
+            log.append(f"{name}: extra time {format_percent(simulate(task.problem, schedule).overhead, 3)}")
             found.append(schedule)
     return found

@@ -6,10 +6,10 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from ..budget import format_bytes
 from ..errors import FxmemError, InfeasibleBudgetError
 from ..problem import Problem
 from ..schedule import Schedule, Timeline, plain_schedule, simulate
+from ..units import format_bytes, format_percent
 from .stages import Compiled
 from .state import State
 
@@ -124,7 +124,7 @@ def describe(overhead: float, bound: float, proven: bool, stopped: bool) -> str:
     if proven or gap <= 1e-6:
         status = "optimal"
     elif bound > 0:
-        status = f"within {100 * gap:.1f} % of the bound"
+        status = f"within {format_percent(gap)} of the bound"
     else:
         status = "feasible"
     return f"{status} (stopped by the time limit)" if stopped and status != "optimal" else status

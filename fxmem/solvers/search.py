@@ -17,6 +17,7 @@ from dataclasses import replace
 from operator import or_
 
 from ..schedule import simulate
+from ..units import format_percent
 from .annealing import Incumbent, Run
 from .base import Answer, Task, register_solver
 from .bound import hint
@@ -178,7 +179,7 @@ def _round(task: Task, runs: list[Run], pool: Pool, log: list[str]) -> Incumbent
 def _in_percent(task: Task, incumbent: Incumbent) -> str:
     if incumbent.desired is None:
         return "nothing that fits"
-    return f"extra time {100 * incumbent.time_s / (task.problem.plain_time_s or 1.0):.3f} %"
+    return f"extra time {format_percent(incumbent.time_s / (task.problem.plain_time_s or 1.0), 3)}"
 
 
 def _packs(run: Run, states: Iterable[tuple[int, ...]]) -> list[Run]:
