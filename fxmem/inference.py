@@ -15,7 +15,7 @@ from .capture import Capture, capture
 from .codegen.assemble import assemble
 from .codegen.partition import partition
 from .codegen.planned import PlannedModule
-from .cost import cost_model
+from .cost import cost_model, workspace_of
 from .decisions import Plan
 from .lowering import lower
 from .passes import (
@@ -31,7 +31,7 @@ from .passes import (
     SingleResults,
     UpdateBuffers,
 )
-from .prepared import device_of, shape_prop, workspace_by
+from .prepared import device_of, shape_prop
 from .progress import phase
 from .solving import unsolved
 
@@ -60,7 +60,7 @@ def _plan(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> PlannedM
         graph_pass(joint)
     lowered = lower(joint)
     solution = unsolved(lowered.problem)
-    baseline = _baseline(module, args, dict(kwargs), captured, workspace_by(model))
+    baseline = _baseline(module, args, dict(kwargs), captured, workspace_of(model))
     Rematerialize(solution=solution)(joint)
     # Workspaces are formulas, mostly of more than is taken: they count for the arena, not for what it is held against.
     PlaceInArena(lowered, solution.schedule, baseline.storages_peak_bytes)(joint)

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from .baseline import EagerTimeline, Workspace, eager_timeline
+from .baseline import EagerTimeline, eager_timeline
 from .budget import Budget
 from .capture import Capture, capture
-from .cost import CostModel, OpCall, cost_model, workspace_bytes
+from .cost import CostModel, cost_model, workspace_of
 from .decisions import Origin, Plan
 from .lowering import Lowered, lower
 from .order import Order
@@ -232,17 +232,8 @@ def _on_gpu(model: CostModel) -> bool | None:
 
 
 def _baseline(captured: Capture, model: CostModel) -> EagerTimeline:
-    """The plain module's memory, with workspaces by the formulas."""
-    return eager_timeline(captured.torch_level, *captured.call, workspace=workspace_by(model), roots_of=_attached)
-
-
-def workspace_by(model: CostModel) -> Workspace:
-    """The formulas for workspaces, on the device that a cost model is for."""
-
-    def workspace(operator: Any, args: tuple, kwargs: dict, result: Any) -> int:
-        return workspace_bytes(OpCall(operator, args, kwargs, result, _on_gpu(model)))
-
-    return workspace
+    """The plain module's memory, with workspaces as the cost model has them for the planned one."""
+    return eager_timeline(captured.torch_level, *captured.call, workspace=workspace_of(model), roots_of=_attached)
 
 
 def _attached(outputs: Any) -> list[torch.Tensor]:

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+import fxmem
 from fxmem.baseline import eager_timeline
 from fxmem.cost import cost_model, workspace_of
 from fxmem.errors import MeasureError
@@ -93,6 +94,15 @@ def test_agrees_with_what_is_measured(name):
     predicted = eager_timeline(module, args, workspace=workspace_of(cost_model("measured", CPU)))
     assert predicted.peak_bytes == pytest.approx(measure(module, args, repeats=1).peak_bytes, rel=0.005)
     assert sum(predicted.peak_by_kind.values()) == predicted.peak_bytes == max(predicted.during_bytes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_measured_plan_knows_the_plain_peak(dtype):
+    """Formulas are upper bounds; where operators are measured, a fraction as a budget is one of what the plain step takes."""
+    module = nn.Sequential(*(layer for _ in range(4) for layer in (nn.Linear(64, 64), nn.GELU()))).to(dtype)
+    args = (torch.randn(256, 64).to(dtype),)
+    plan = fxmem.plan(module, args, cost="measured", time_limit_s=0.2)
+    assert plan.baseline_peak_bytes == measure(module, args, repeats=1).peak_bytes
 
 
 def test_workspace_is_added_where_it_is_taken():

@@ -16,6 +16,7 @@ from helpers.models import (
     ReturnsDataclass,
     ReturnsDict,
     SharedNorm,
+    SumsIntoZeros,
     Transformer,
     TwoHeads,
     UNet,
@@ -56,6 +57,7 @@ MODELS = {
     "buffers by hand": (Counter, rows, None),
     "shared batch norm": (SharedNorm, lambda: (torch.randn(256, 8),), 0.9),
     "statistics read": (ReadsStatistics, rows, None),
+    "a constant first": (SumsIntoZeros, rows, None),
     "nested inputs": (NestedInputs, lambda: (nested(), 2.0, "mean"), None),
 }
 

@@ -28,7 +28,8 @@ class MarkRegions(Pass):
         nodes = [n for n in made if "fxmem_offers" not in n.meta]
         forward = [n for n in nodes if not is_backward(n)]
         backward = [n for n in nodes if is_backward(n)]
-        groups = _groups([module_of(n) for n in forward])
+        first_read = next((i for i, n in enumerate(forward) if _reads_an_argument(n, infos)), 0)
+        groups = _groups([module_of(n) for n in forward], first_read)
         for region, (start, stop) in enumerate(groups):
             for node in forward[start:stop]:
                 node.meta["fxmem_region"] = region
@@ -52,8 +53,15 @@ def _read(node: fx.Node) -> list[int]:
     return [s for n in node.all_input_nodes for s in n.meta["fxmem_storages"]]
 
 
-def _groups(paths: list[str]) -> list[tuple[int, int]]:
-    """Half-open ranges of operators, one for each region."""
+def _reads_an_argument(node: fx.Node, infos: tuple[StorageInfo, ...]) -> bool:
+    return any(infos[s].node.op == "placeholder" for s in _read(node))
+
+
+def _groups(paths: list[str], first_read: int) -> list[tuple[int, int]]:
+    """Half-open ranges of operators, one for each region.
+
+    The first holds operator `first_read`, which reads an argument: from its arguments a chain learns its device.
+    """
     total = len(paths)
     split = [[p for p in path.split(".") if p] for path in paths]
 
@@ -64,7 +72,9 @@ def _groups(paths: list[str]) -> list[tuple[int, int]]:
         pieces = [piece for low, high in zip(edges, edges[1:], strict=False) for piece in cut(low, high, depth + 1)]
         return _merge(pieces, total * SMALLEST_SHARE)
 
-    return cut(0, total, 0) if total else []
+    pieces = cut(0, total, 0) if total else []
+    joined = sum(start <= first_read for start, _ in pieces)
+    return [(0, pieces[joined - 1][1]), *pieces[joined:]] if pieces else []
 
 
 def _merge(pieces: list[tuple[int, int]], most: float) -> list[tuple[int, int]]:
