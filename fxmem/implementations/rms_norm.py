@@ -104,14 +104,15 @@ def _through_statistics(node: fx.Node) -> _Found | None:
             summed, rstd = _operand(total, SCALED, -0.5), _operand(cube, POWER, 3)
             product = _operand(summed, aten.sum.dim_IntList)
             for gradient, other in _factors(product):
-                if (
-                    other is x
-                    and rstd is not None
-                    and summed.args[2:] == (True,)
-                    and len(product.users) == len(factor.users) == 1
-                ):
+                if other is x and _are_statistics(rstd, summed) and len(product.users) == len(factor.users) == 1:
                     return _Found(gradient, x, rstd, list(summed.args[1]), mean.args[1])
     return None
+
+
+def _are_statistics(*nodes: fx.Node | None) -> bool:
+    """Whether there is one number for each group of normalized ones, in each of two tensors, alike."""
+    values = [n.meta["val"] for n in nodes if n is not None]
+    return len(values) == 2 and len({(v.dtype, v.shape) for v in values}) == 1
 
 
 def _factors(node: fx.Node | None) -> list[tuple[fx.Node, fx.Node]]:
