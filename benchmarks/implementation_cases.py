@@ -19,11 +19,28 @@ class Between(nn.Module):
         return self.layers(4 * self.before(x)) * 2
 
 
-class LayerNorm(nn.Module):
+class RowNorm(nn.Module):
     """Over rows of any length, without weights."""
 
+    def __init__(self, norm: Callable = nn.functional.layer_norm):
+        super().__init__()
+        self.norm = norm
+
     def forward(self, x):
-        return nn.functional.layer_norm(x, x.shape[-1:])
+        return self.norm(x, x.shape[-1:])
+
+
+class RMSNorm(nn.Module):
+    """Over rows of any length, by operators as models write it, in float32; a weight for each channel."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(0, 2, channels).view(channels, 1))
+
+    def forward(self, x):
+        wide = x.float() if x.dtype is torch.bfloat16 else x
+        made = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return self.weight * made.to(x.dtype)
 
 
 class CrossEntropy(nn.Module):
@@ -64,11 +81,13 @@ class Residual(nn.Module):
 
 
 CASES: dict[str, Callable[[], nn.Module]] = {
-    "layer_norm_output": lambda: Between(nn.Tanh(), LayerNorm(), nn.SiLU()),
+    "layer_norm_output": lambda: Between(nn.Tanh(), RowNorm(), nn.SiLU()),
     "group_norm_output": lambda: Between(nn.Tanh(), nn.GroupNorm(2, 4, affine=False), nn.SiLU()),
     "batch_norm_output": lambda: Between(nn.Tanh(), nn.BatchNorm2d(4, affine=False), nn.SiLU(), nn.InstanceNorm2d(4)),
+    "rms_norm_input": lambda: Between(nn.Flatten(2), RowNorm(nn.functional.rms_norm), nn.Tanh(), RMSNorm(4), nn.SiLU()),
+    "rms_norm_output": lambda: Between(nn.Flatten(2), RowNorm(nn.functional.rms_norm), nn.Tanh(), RMSNorm(4), nn.SiLU()),
     "chain": lambda: Between(Residual(8), channels=8),
-    "chain_accurate": lambda: Between(nn.GroupNorm(4, 8), nn.SiLU(), nn.Tanh(), LayerNorm(), nn.SiLU(), nn.Tanh(), channels=8),
+    "chain_accurate": lambda: Between(nn.GroupNorm(4, 8), nn.SiLU(), nn.Tanh(), RowNorm(), nn.SiLU(), nn.Tanh(), channels=8),
     "chunked_cross_entropy": lambda: Between(CrossEntropy()),
     "batch_norm_statistics": lambda: Between(
         nn.Tanh(), nn.BatchNorm2d(4), nn.SiLU(), nn.BatchNorm2d(4, affine=False), nn.SiLU()
