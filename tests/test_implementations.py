@@ -380,6 +380,20 @@ def test_a_convolution_whose_numbers_stand_for_all_dimensions(padding):
     assert_drop_in(Model(), (torch.randn(2, 3, 12, 12, requires_grad=True),))
 
 
+@pytest.mark.parametrize(("squared", "count"), [(lambda x: x, 1), (lambda x: 2 * x, 0)])
+def test_the_gradient_of_a_root_mean_square_is_one_operator(squared, count):
+    """Not of what looks like it, but is the derivative of another function."""
+
+    class Model(nn.Module):
+        def forward(self, x):
+            return x * torch.rsqrt(squared(x).pow(2).mean(-1, keepdim=True) + 1e-6)
+
+    joint = prepare(Model(), (torch.randn(3, 5, requires_grad=True),), {}, "cpu").captured.joint
+    made = [n for n in joint.graph.nodes if n.target is torch.ops.fxmem.rms_norm_from_input.default]
+    assert len(made) == count
+    assert [n.target for n in joint.graph.nodes].count(aten.expand.default) == 1 - count
+
+
 def test_the_default_slope():
     assert fxmem.check_implementation("leaky_relu_output", Between(nn.LeakyReLU()), (images(),)).places == 1
 
