@@ -279,6 +279,12 @@ def _arguments(target, values, dtype) -> list:
             given.append(torch.randint(0, 256, (-(-values.numel() // 8),), dtype=torch.uint8))
         elif argument.name in ("weight", "bias", "mean", "variance"):  # of a batch norm's channels
             given.append(torch.rand(values.shape[1]).to(dtype))
+        elif argument.name == "rstd":  # of rows
+            given.append(torch.rand(len(values), 1).to(dtype))
+        elif argument.name == "dims":
+            given.append([-1])
+        elif argument.name == "count":
+            given.append(values.shape[1])
         elif argument.name == "indices":
             given.append(torch.randint(len(values), values.shape[:1]))
         elif kind == "int":
