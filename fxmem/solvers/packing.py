@@ -19,7 +19,6 @@ from functools import reduce
 from operator import or_
 
 import numpy as np
-from scipy.sparse import csr_array
 
 from .highs import Program, minimize
 from .moves import Moves
@@ -154,6 +153,8 @@ class _Knapsack:
     """
 
     def __init__(self, priced: list[Priced], room: np.ndarray):
+        from scipy.sparse import csr_array  # here, so that importing the package does not wait for it
+
         self.cost = np.array([move.time_s for move in priced])
         self.cost /= np.abs(self.cost).max() or 1.0
         values, moments = (np.concatenate([getattr(move, name) for move in priced]) for name in ("steps", "moments"))

@@ -95,8 +95,8 @@ class Compiled:
 
     storages[k]: the storage that bit k stands for, in the order in which the forward makes them; sizes[k]: its bytes.
     always: bits that are kept until their last use: too small to matter, or impossible to make again.
-    makers[k]: operators that can make bit k again. late_inputs[p]: inputs of variant p that the forward makes later than its
-    outputs: it is used only where they are alive.
+    makers[k]: operators that can make bit k again, the quickest first. late_inputs[p]: inputs of variant p that the forward
+    makes later than its outputs: it is used only where they are alive.
     forward[m]: the operator at moment m of the forward; encoders follow what they encode, and only run where it is carried.
     forward_bytes[m]: bytes then if nothing were carried into the backward and nothing ran in place; last_use[k]: the last
     moment at which the program uses bit k, or the one before it is encoded; forward_inplace[m]: as in Option.
@@ -151,7 +151,8 @@ def compile_problem(problem: Problem, *, merged: bool = True) -> Compiled:
     again = [p for p in (*problem.forward, *problem.variants, *problem.encoders) if problem.operators[p].recomputable]
     recomputes = {p: _recompute(problem, problem.operators[p], bit) for p in again}
     late = {p: _late_inputs(problem, p, bit) for p in again}
-    makers = tuple(tuple(p for p in problem.producers[s] if p in recomputes) for s in storages)
+    by_time = (sorted((recomputes[p].time_s, p) for p in problem.producers[s] if p in recomputes) for s in storages)
+    makers = tuple(tuple(p for _, p in timed) for timed in by_time)
     return Compiled(
         problem=problem,
         storages=storages,

@@ -42,8 +42,6 @@ class State:
             for k in members(encoder.inputs | encoder.outputs):
                 self._encoders_by_bit.setdefault(k, []).append(moment)
         self._encoding_s = {bit: e.time_s for e in compiled.encoders.values() for bit in (1 << k for k in members(e.outputs))}
-        seconds = {p: r.time_s for p, r in compiled.recomputes.items()}
-        self._makers = {1 << k: tuple(sorted(m, key=lambda p: (seconds[p], p))) for k, m in enumerate(compiled.makers)}
         self._walks: list[dict] = [{} for _ in compiled.stages]
         self.reset(desired or [self.everything] * len(compiled.stages), budget_bytes)
 
@@ -217,7 +215,7 @@ class State:
 
     def _choose(self, bit: int, have: int) -> tuple[int, int]:
         """The cheapest maker of a storage, given what is there; and what was looked at to know."""
-        makers = self._makers[bit]
+        makers = self.compiled.makers[bit.bit_length() - 1]
         if len(makers) == 1:
             return makers[0], 0
         at_once = self._undisputed(makers, have)
@@ -231,7 +229,7 @@ class State:
             if bit in known:
                 return known[bit]
             best = (float("inf"), -1)
-            for index in self._makers[bit]:
+            for index in self.compiled.makers[bit.bit_length() - 1]:
                 again, late = self.compiled.recomputes[index], self.compiled.late_inputs[index]
                 looked |= late
                 if late & ~have:
