@@ -24,7 +24,6 @@ import torch
 from torch import fx, nn
 from torch.nn.parameter import is_lazy
 
-from .codegen.operators import own
 from .errors import CaptureError
 from .fake_kernels import FakeCopies, FakeTensorMode, fake_mode_of
 from .graph_meta import is_backward, source_of
@@ -40,6 +39,13 @@ from .torch_internals import (
 )
 
 log = logging.getLogger(__name__)
+
+# The same bytes with the same strides, under a tensor that neither tracing nor autograd takes for a view. Only traced, never run.
+_library = torch.library.Library("fxmem", "FRAGMENT")
+_library.define("own(Tensor value) -> Tensor")
+_library.impl("own", torch.ops.aten.alias.default, "CompositeExplicitAutograd")
+torch.library.register_autograd("fxmem::own", lambda _, gradient: gradient, lib=_library)
+own = torch.ops.fxmem.own.default
 
 
 @dataclass(frozen=True)
@@ -210,12 +216,12 @@ def _torch_level(module: nn.Module, args: tuple, kwargs: dict) -> tuple[fx.Graph
     """One torch-level GraphModule to trace, ours to change, and the arguments to call it with."""
     if isinstance(module, fx.GraphModule):
         _check_recurrent(module)
-        own = fx.GraphModule(module, copy.deepcopy(module.graph))
+        copied = fx.GraphModule(module, copy.deepcopy(module.graph))
         if kwargs and type(module.graph._codegen) is fx.graph.CodeGen:
             bound = inspect.signature(module.forward).bind(*args, **kwargs)
             bound.apply_defaults()
-            return own, bound.args, {}
-        return own, args, kwargs
+            return copied, bound.args, {}
+        return copied, args, kwargs
     with _refusing(module):
         traced, assignments = dynamo_graph(module, args, kwargs)
     _check_assignments(module, traced, assignments)
@@ -364,6 +370,8 @@ def _aot(graph_module: fx.GraphModule, args: tuple, kwargs: dict) -> tuple[fx.Gr
     for node in joint.graph.find_nodes(op="call_function", target=torch.ops.aten.detach.default):
         node.replace_all_uses_with(node.args[0])  # autograd's business, and there is none in this graph
         joint.graph.erase_node(node)
+    for node in joint.graph.find_nodes(op="call_function", target=own):
+        node.target = torch.ops.aten.detach.default  # the same where no autograd looks, and anybody's tools know it
     for node in joint.graph.nodes:
         # The backward of a user's own autograd Function carries no tag: what needs an incoming gradient is of the backward.
         tagged = node.meta.get("partitioner_tag") == "is_backward"

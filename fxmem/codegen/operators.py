@@ -9,7 +9,7 @@ import torch
 from ..inplace import INPLACE_FORMS, InplaceForm
 from ..torch_internals import suggested_format
 
-__all__ = ["dropout_apply", "in_format_of", "in_kernel_format", "own", "replay", "rng_state"]
+__all__ = ["dropout_apply", "in_format_of", "in_kernel_format", "replay", "rng_state"]
 
 
 _library = torch.library.Library("fxmem", "FRAGMENT")
@@ -34,18 +34,6 @@ _library.define("dropout_apply_(Tensor(a!) value, Tensor mask, float scale) -> T
 _library.impl("dropout_apply_", _dropout_apply_, "CompositeExplicitAutograd")
 dropout_apply = torch.ops.fxmem.dropout_apply.default
 INPLACE_FORMS[dropout_apply] = InplaceForm(torch.ops.fxmem.dropout_apply_.default)
-
-
-def _own(value: torch.Tensor) -> torch.Tensor:
-    """The same bytes with the same strides, under a tensor that neither tracing nor autograd takes for a view."""
-    return value.new_empty(0).set_(value.untyped_storage(), value.storage_offset(), value.shape, value.stride())
-
-
-_library.define("own(Tensor value) -> Tensor")
-_library.impl("own", _own, "CompositeExplicitAutograd")
-_library.impl("own", torch.ops.aten.alias.default, "Meta")
-torch.library.register_autograd("fxmem::own", lambda _, gradient: gradient, lib=_library)
-own = torch.ops.fxmem.own.default
 
 
 @torch.fx.wrap

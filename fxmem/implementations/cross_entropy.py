@@ -17,7 +17,6 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from ..codegen.operators import own
 from ..cost.base import OpCall
 from ..cost.roofline import PARTS
 from ..cost.workspace import workspace_bytes
@@ -29,7 +28,7 @@ PIECES = 8  # at least
 LARGEST = 1 << 23  # elements of a piece of the logits; in low precision, where each sum is rounded, PIECES are enough
 MEAN = 1  # aten's number for it; 2 is the sum
 LOW_PRECISION = (torch.bfloat16,)
-VIEWS = (aten.view.default, aten._unsafe_view.default, aten.alias.default, own, aten.reshape.default)
+VIEWS = (aten.view.default, aten._unsafe_view.default, aten.alias.default, aten.detach.default, aten.reshape.default)
 
 
 @register_implementation("chunked_cross_entropy", aten.nll_loss_backward.default, exactness="accurate")
