@@ -40,7 +40,7 @@ from .torch_internals import (
 
 log = logging.getLogger(__name__)
 
-# The same bytes with the same strides, under a tensor that neither tracing nor autograd takes for a view. Only traced, never run.
+# The same bytes with the same strides, under a tensor that neither tracing nor autograd takes for a view. Traced, never run.
 _library = torch.library.Library("fxmem", "FRAGMENT")
 _library.define("own(Tensor value) -> Tensor")
 _library.impl("own", torch.ops.aten.alias.default, "CompositeExplicitAutograd")

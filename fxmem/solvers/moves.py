@@ -37,9 +37,12 @@ class Moves:
             self.copy,
             self.range,
         )
-        self.choosing = [t for t, stage in enumerate(compiled.stages) if len(stage.options) > 1]
+        self.choosing = [t for t, stage in enumerate(compiled.stages) if len(stage.quickest) > 1]
         if self.choosing:
             self.kinds += (self.switch, self.switch)
+        self.thrifty = [t for t, stage in enumerate(compiled.stages) if stage.quickest != stage.lightest]
+        if self.thrifty:
+            self.kinds += (self.save, self.save)
 
     def draw(self, state: State) -> dict[int, int]:
         """One random move."""
@@ -73,10 +76,15 @@ class Moves:
     def all_switches(self, state: State) -> Iterator[dict[int, int]]:
         """Each stage's last operator run by each other option."""
         for t in self.choosing:
-            for end in range(len(self.compiled.stages[t].options)):
+            for end in self.compiled.stages[t].quickest:
                 wishes = self._run_by(state, t, end) if end != state.ends[t] else {}
                 if wishes:
                     yield wishes
+
+    def all_savings(self, state: State) -> Iterator[dict[int, int]]:
+        """Each stage's last operator run by the lightest of the options that read the same, or no longer so."""
+        for t in self.thrifty:
+            yield {t: state.desired[t] ^ self.compiled.thrift}
 
     def evict(self, state: State) -> dict[int, int]:
         """Drop a carried storage over the gap between two of its uses; where memory is short, by preference."""
@@ -167,7 +175,17 @@ class Moves:
     def switch(self, state: State) -> dict[int, int]:
         """Run a stage's last operator by another of its options."""
         t = self._pick(self.choosing)
-        return self._run_by(state, t, self._pick(range(len(self.compiled.stages[t].options))))
+        return self._run_by(state, t, self._pick(self.compiled.stages[t].quickest))
+
+    def save(self, state: State) -> dict[int, int]:
+        """Run a stage's last operator by the lightest of the options that read the same, or no longer so; by preference where
+        that is what memory asks for."""
+        for _ in range(8):
+            t = self._pick(self.thrifty)
+            short, saving = state.peak_bytes[t] > state.budget_bytes, bool(state.desired[t] & self.compiled.thrift)
+            if short != saving:
+                break
+        return {t: state.desired[t] ^ self.compiled.thrift}
 
     def _run_by(self, state: State, t: int, end: int) -> dict[int, int]:
         """To carry into stage t what one option reads, and from its last use on nothing that only others do."""

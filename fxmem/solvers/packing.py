@@ -67,7 +67,8 @@ def _round(state: State, priced: list[Priced], deadline: float) -> bool:
     """Whether a better state was found, which the state then is."""
     if not priced:
         return False
-    knapsack, before, chosen = _Knapsack(priced, state.budget_bytes - _moments(state)), _rank(state), []
+    room = state.budget_bytes - _moments(state)
+    knapsack, before, chosen = _Knapsack(priced, room, state.everything), _rank(state), []
     for _ in range(ATTEMPTS):
         chosen = [priced[j] for j in knapsack.solve(deadline)] or chosen
         for move in chosen:
@@ -141,6 +142,8 @@ def _proposals(state: State, moves: Moves) -> Iterator[Iterator[Wishes]]:
         yield iter((wishes,))
     for wishes in moves.all_switches(state):
         yield iter((wishes,))
+    for wishes in moves.all_savings(state):
+        yield iter((wishes,))
     for _ in range(min(MOST_RANDOM, max(LEAST_RANDOM, RANDOM_X_STAGES // len(state.live)))):
         yield (moves.draw(state) for _ in range(moves.how_many()))
 
@@ -152,7 +155,7 @@ class _Knapsack:
     them, and the integer program is solved with those alone.
     """
 
-    def __init__(self, priced: list[Priced], room: np.ndarray):
+    def __init__(self, priced: list[Priced], room: np.ndarray, storages: int):
         from scipy.sparse import csr_array  # here, so that importing the package does not wait for it
 
         self.cost = np.array([move.time_s for move in priced])
@@ -162,7 +165,7 @@ class _Knapsack:
         self.steps = csr_array((values, (moments, columns)), shape=(len(room), len(priced)))
         self.unit = self._largest()  # of each row
         self.room = room
-        self.cliques = _cliques(priced)
+        self.cliques = _cliques(priced, storages)
         self.moments: list[int] = []  # that have a row
 
     def solve(self, deadline: float) -> list[int]:
@@ -211,11 +214,12 @@ class _Knapsack:
         )  # fmt: skip
 
 
-def _cliques(priced: list[Priced]) -> list[list[int]]:
-    """Sets of moves of which one at most can be taken, without those that lie within another."""
+def _cliques(priced: list[Priced], storages: int) -> list[list[int]]:
+    """Sets of moves of which one at most can be taken, without those that lie within another; `storages` are the bits that are
+    storages' (see `Compiled.thrift`)."""
     users: dict[tuple[str, int], int] = {}
     for j, move in enumerate(priced):
-        flipped = reduce(or_, move.flips.values(), 0)
+        flipped = reduce(or_, move.flips.values(), 0) & storages
         for key in (*(("stage", t) for t in move.stages), *(("storage", k) for k in members(flipped))):
             users[key] = users.get(key, 0) | 1 << j
     largest: list[int] = []

@@ -8,6 +8,7 @@ recomputed for it runs just before it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 from operator import and_, or_
@@ -66,6 +67,24 @@ class Stage:
         """Bits that some option reads."""
         return reduce(or_, (option.needs for option in self.options))
 
+    @cached_property
+    def quickest(self) -> tuple[int, ...]:
+        """Of the options that read the same, the one that takes least time; for each such set, in order."""
+        return self._first_by(lambda option: (option.slower_s, option.least_bytes))
+
+    @cached_property
+    def lightest(self) -> tuple[int, ...]:
+        """Of the options that read the same, the one that takes fewest bytes; for each such set, in order."""
+        return self._first_by(lambda option: (option.least_bytes, option.slower_s))
+
+    def _first_by(self, key: Callable[[Option], tuple]) -> tuple[int, ...]:
+        best: dict[int, int] = {}
+        for end, option in enumerate(self.options):
+            other = best.get(option.needs)
+            if other is None or key(option) < key(self.options[other]):
+                best[option.needs] = end
+        return tuple(best.values())
+
 
 @dataclass(frozen=True)
 class Encoder:
@@ -121,6 +140,12 @@ class Compiled:
     def everything(self) -> int:
         """All bits."""
         return (1 << len(self.sizes)) - 1
+
+    @property
+    def thrift(self) -> int:
+        """A bit that is no storage's: the wish that a stage's last operator runs by the lightest of the options that read the
+        same, not by the quickest."""
+        return 1 << len(self.sizes)
 
     def bytes_of(self, bits: int) -> int:
         """Bytes of a set of storages."""

@@ -23,7 +23,8 @@ LOOKAHEAD = 60  # recomputes deep into which the cost of a storage with several 
 class State:
     """Desired carries for each stage, what follows from them, and an undo log for the last change.
 
-    desired[t], alive[t]: storages wished for and found when stage t begins; recomputes[t]: operators run again in it, in order;
+    desired[t], alive[t]: storages wished for and found when stage t begins, and beside them the wish for thrift (see
+    `Compiled.thrift`); recomputes[t]: operators run again in it, in order;
     ends[t]: the option that its last operator runs by; touched[t]: storages whose presence decided that; made[t]: what they
     make; live[t]: what is in truth carried into stage t, of live_bytes[t] bytes; peak_bytes[t]: most bytes in it.
     forward_bytes[m]: bytes at moment m of the forward. time_s: sum over all recomputes, encoders and slower alternatives.
@@ -35,7 +36,8 @@ class State:
         self.everything = compiled.everything
         self._sizes = {1 << k: size for k, size in enumerate(compiled.sizes)} | {0: 0}
         self._table = {p: (r.inputs, r.outputs, r.extra_bytes, r.inplace) for p, r in compiled.recomputes.items()}
-        self._options = [s.options for s in compiled.stages]
+        self._thrift = compiled.thrift
+        self._ends = [(s.quickest, s.lightest) for s in compiled.stages]
         self._needs = [s.any_needs for s in compiled.stages]
         self._encoders_by_bit: dict[int, list[int]] = {}
         for moment, encoder in compiled.encoders.items():
@@ -65,7 +67,8 @@ class State:
         self._forward_excess = 0
         self._log: list[tuple] = []
         for t in range(count):
-            self.alive[t] = self.desired[t] if t == 0 else (self.alive[t - 1] | self.made[t - 1]) & self.desired[t]
+            found = self.alive[t - 1] | self.made[t - 1] if t else self.everything
+            self.alive[t] = (found | self._thrift) & self.desired[t]
             self._enter(t)
         self._settle(count - 1, 0, everywhere=True)
         self.time_s += sum(self.seconds)  # beside what encoding takes
@@ -132,11 +135,11 @@ class State:
     def _spread(self, first: int, last: int) -> tuple[int, int]:
         """Forward from the first changed wish: the lowest and highest stage that now recomputes otherwise."""
         alive, made, desired, touched, log = self.alive, self.made, self.desired, self.touched, self._log
-        low, high, before = len(alive), -1, alive[first:]
+        low, high, before, thrift = len(alive), -1, alive[first:], self._thrift
         found = alive[first - 1] | made[first - 1] if first else self.everything
         walks = []
         for t in range(first, len(alive)):
-            found &= desired[t]
+            found = (found | thrift) & desired[t]
             old = alive[t]
             if found != old:
                 alive[t] = found
@@ -172,12 +175,17 @@ class State:
         self.recomputes[t], self.seconds[t], self.touched[t], self.made[t], self._replays[t], self.ends[t] = found
 
     def _cheapest(self, t: int, alive: int) -> tuple:
-        """The walk of the stage's cheapest option, the first of equals; what it finds encoded counts with what that took."""
-        options = self._options[t]
-        if len(options) == 1:
-            return *self._walk(options[0].needs, alive), 0
-        best, best_s, looked = None, 0.0, self._needs[t]
-        for end, option in enumerate(options):
+        """The walk of the stage's cheapest option, the first of equals; what it finds encoded counts with what that took. Of
+        options that read the same, the wish for thrift decides."""
+        options, (quickest, lightest) = self.compiled.stages[t].options, self._ends[t]
+        ends = lightest if alive & self._thrift else quickest
+        looked = 0 if quickest == lightest else self._thrift
+        if len(ends) == 1:
+            order, seconds, touched, made, replay = self._walk(options[ends[0]].needs, alive)
+            return order, seconds + options[ends[0]].slower_s, looked | touched, made, replay, ends[0]
+        best, best_s = None, 0.0
+        for end in ends:
+            option = options[end]
             order, seconds, touched, made, replay = self._walk(option.needs, alive)
             looked |= touched
             seconds += option.slower_s
@@ -378,21 +386,26 @@ class State:
 
 
 def desires(compiled: Compiled, schedule: Schedule) -> list[int]:
-    """The state nearest to a given schedule: what lives in it when each stage begins."""
+    """The state nearest to a given schedule: what lives in it when each stage begins, and thrift where it was exercised."""
     problem, bit = compiled.problem, {s: 1 << k for k, s in enumerate(compiled.storages)}
     stage_of = {p: t for t, stage in enumerate(compiled.stages) for p in (*stage.operators, stage.options[0].operator)}
+    thrifty = {
+        stage.options[end].operator for stage in compiled.stages for end in stage.lightest if end not in stage.quickest
+    }
     found, live, stage = [0] * len(compiled.stages), 0, len(compiled.stages) - 1
     for index in reversed(schedule.steps[forward_length(problem, schedule) :]):
         now = stage_of.get(problem.program_index(index), stage)
         if now < stage:
-            found[stage] = live
+            found[stage] |= live
             stage = now
+        if index in thrifty:
+            found[now] |= compiled.thrift
         operator = problem.operators[index]
         for s in operator.outputs:
             live &= ~bit.get(s, 0)
         for s in operator.inputs:
             live |= bit.get(s, 0)
-    found[stage] = live
+    found[stage] |= live
     return found
 
 
