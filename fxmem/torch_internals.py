@@ -11,7 +11,7 @@ saved_by_partitioner   what PyTorch itself would keep                 torch._fun
 cpu_memory_events   the CPU allocator's events, by the profiler       kineto_results of torch.autograd.profiler
 TorchDispatchMode, and real tensors inside such modes (real_tensors)   torch.utils._python_dispatch
 storage_key, suggested_format, dense_strides, is_dense, gradient_layout, fills_its_storage   layouts    torch._prims_common
-convolution_backends   which kernels run a convolution                torch._C
+convolution_backend, convolution_backends   which kernels run a convolution                torch._C
 spec_children, spec_to_data, spec_from_data, rename_node              torch.utils._pytree, torch.fx.Node
 memory_viz          from memory snapshots to text and pages           torch.cuda._memory_viz
 """
@@ -331,6 +331,11 @@ def convolution_backends(x: Any, weight: Any, stride: Any, padding: Any, dilatio
     there = select(x, weight, None, stride, padding, dilation, False, [0] * len(stride), groups, [weight.shape[0]])
     back = select(made, weight, None, stride, padding, dilation, True, missing, groups, [weight.shape[1] * groups])
     return there.name, "MkldnnTranspose" if back.name == "???" else back.name  # the one kernel that has no name in Python
+
+
+def convolution_backend(x: torch.Tensor, weight: torch.Tensor, stride: Any, padding: Any, dilation: Any, groups: int) -> Any:
+    """The kernel that PyTorch picks for a convolution without bias, to compare."""
+    return torch._C._select_conv_backend(x, weight, None, stride, padding, dilation, False, [0] * len(stride), groups, None)
 
 
 def suggested_format(tensor: torch.Tensor) -> torch.memory_format:

@@ -222,6 +222,19 @@ def test_a_variant_is_taken_where_it_is_cheaper():
     assert solution.timeline.overhead == pytest.approx(2 / 8)
 
 
+def test_memory_is_paid_for_by_a_slower_alternative_where_that_costs_least():
+    """Each backward operator takes as much as its gradient to run fast; the least that helps is to do without in the middle."""
+    plain = chain(6, size_bytes=10)
+    fast = [replace(o, workspace_bytes=10 if p >= plain.num_forward else 0) for p, o in enumerate(plain.operators)]
+    slow = [replace(fast[p], name=f"slow {p}", time_s=1.1, workspace_bytes=0, replaces=p) for p in plain.backward]
+    problem = replace(plain, operators=(*fast, *slow))
+    peak_bytes = simulate(problem, plain_schedule(problem)).peak_bytes
+    for solver in ("search", "milp", "auto"):
+        found = solve(problem, peak_bytes - 10, solver=solver)
+        assert found.timeline.time_s - problem.plain_time_s == pytest.approx(0.1), solver
+        assert sum("slow" in problem.operators[p].name for p in found.schedule.steps) == 1
+
+
 def test_every_window_count_bounds_from_below():
     problem = load_instance("vgg16_32")
     compiled = compile_problem(problem)

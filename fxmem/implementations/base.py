@@ -80,8 +80,8 @@ class Implementation:
 
     name: what users choose it by. serves: targets of the backward nodes (forward: of the forward's) that `choose` is asked
     about; it gives a Choice, a Rewrite, or None where it does not apply; forward: any number of Choices, which decode.
-    exactness: "bitwise" (gradients are those of the plain operator, bit for bit) or "accurate". least_bytes: what a node has to
-    make for a Choice to be worth it.
+    exactness: "bitwise" (gradients are those of the plain operator, bit for bit) or "accurate". least_bytes: of the
+    largest tensor that a node reads or makes, for a Choice to be worth it.
     """
 
     name: str
@@ -102,7 +102,8 @@ def register_implementation(
 
     serves: targets of the nodes, as in `torch.ops.aten.threshold_backward.default`. forward: it is given nodes of the forward
         instead, and returns a sequence of Choices, each with a `decode`: other ways to run the node again.
-    least_bytes: nodes that make less are passed over, but not by `fxmem.check_implementation`, and not for a Rewrite.
+    least_bytes: nodes that neither read nor make a tensor as large are passed over, but not by `fxmem.check_implementation`,
+        and not for a Rewrite.
     Raises ImplementationError for an unknown exactness, or a name that another function has.
     """
     if not isinstance(name, str) or not name or name.startswith("-"):

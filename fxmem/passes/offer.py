@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import operator
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import fx
@@ -43,12 +44,13 @@ class OfferImplementations(Pass):
     def _is_for(self, implementation: Implementation, node: fx.Node) -> bool:
         if node.target not in implementation.serves or implementation.forward == is_backward(node):
             return False
-        return self.everywhere or implementation.least_bytes <= made_bytes(node)
+        return self.everywhere or implementation.least_bytes <= largest_bytes(node)
 
 
-def made_bytes(node: fx.Node) -> int:
-    """Bytes of the tensors that a node makes."""
-    return sum(leaf.nbytes for leaf in pytree.tree_leaves(node.meta["val"]) if isinstance(leaf, torch.Tensor))
+def largest_bytes(node: fx.Node) -> int:
+    """Bytes of the largest tensor that a node reads or makes."""
+    leaves = pytree.tree_leaves([n.meta["val"] for n in (node, *node.all_input_nodes)])
+    return max((leaf.nbytes for leaf in leaves if isinstance(leaf, torch.Tensor)), default=0)
 
 
 @contextlib.contextmanager
@@ -119,8 +121,7 @@ class _Offers:
     def _stand_in(self, call: Call, node: fx.Node, code: fx.Node | None, what: str, implementation: Implementation) -> None:
         after = code if what == "variant" and code is not None else max((node, *_nodes(call)), key=self._place)
         made = self._call(call, code, node, after, f"{node.name}_{implementation.name}")
-        value, wanted = made.meta["val"], node.meta["val"]
-        if (value.shape, value.stride(), value.dtype) != (wanted.shape, wanted.stride(), wanted.dtype):
+        if _layouts(made.meta["val"]) != _layouts(node.meta["val"]):
             self.graph.erase_node(made)
             return
         made.meta |= {"fxmem_offers": what, "fxmem_stands_for": node, "fxmem_storages": node.meta["fxmem_storages"]}
@@ -135,6 +136,11 @@ class _Offers:
         value = fake_result(call.target, args, kwargs)
         node.meta = {k: v for k, v in _maker(beside).meta.items() if k not in ("val", "fxmem_writes")} | {"val": value}
         return node
+
+
+def _layouts(value: Any) -> list:
+    """Shape, strides and type of each result, None for those that are not made."""
+    return [leaf if leaf is None else (leaf.shape, leaf.stride(), leaf.dtype) for leaf in pytree.tree_leaves(value)]
 
 
 def _nodes(call: Call) -> list[fx.Node]:

@@ -2,8 +2,8 @@
 
 Only storages that the forward makes, and that do not live to the end, are a matter of choice; each has one bit. Everything
 else (gradients, outputs, what is fixed) lives at the same times in every schedule, so it is a constant of each moment.
-A *stage* is one backward operator that reads such storages, together with the operators before it that read none: what is
-recomputed for it runs just before it.
+A *stage* is one backward operator that reads such storages, or can run in several ways, together with the operators before it
+that do neither: what is recomputed for it runs just before it.
 """
 
 from __future__ import annotations
@@ -321,7 +321,7 @@ def _stages(problem: Problem, bit: dict[int, int], merged: bool) -> tuple[Stage,
         between, now = now, now + sum(size[s] for s in made_here)
         options = tuple(_option(problem, p, bit, now, dying) for p in (index, *problem.alternatives.get(index, ())))
         now -= sum(size[s] for s in dying)
-        if options[0].needs or not merged:
+        if options[0].needs or len(options) > 1 or not merged:
             stages.append(Stage(tuple(operators), options, head, between))
             head, operators = 0, []
         else:

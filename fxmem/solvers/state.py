@@ -389,9 +389,7 @@ def desires(compiled: Compiled, schedule: Schedule) -> list[int]:
     """The state nearest to a given schedule: what lives in it when each stage begins, and thrift where it was exercised."""
     problem, bit = compiled.problem, {s: 1 << k for k, s in enumerate(compiled.storages)}
     stage_of = {p: t for t, stage in enumerate(compiled.stages) for p in (*stage.operators, stage.options[0].operator)}
-    thrifty = {
-        stage.options[end].operator for stage in compiled.stages for end in stage.lightest if end not in stage.quickest
-    }
+    thrifty = {stage.options[end].operator for stage in compiled.stages for end in stage.lightest if end not in stage.quickest}
     found, live, stage = [0] * len(compiled.stages), 0, len(compiled.stages) - 1
     for index in reversed(schedule.steps[forward_length(problem, schedule) :]):
         now = stage_of.get(problem.program_index(index), stage)

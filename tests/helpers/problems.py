@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from random import Random
 
 from fxmem.problem import Operator, Problem, Storage
@@ -32,7 +33,8 @@ class _Builder:
 
 def random_problem(rng: Random, most_forward: int = 5) -> Problem:
     """A joint graph of 2 to `most_forward` forward operators with skips, several outputs, in-place pairs, operators that cannot
-    run again, variants, encoders and alternatives, workspaces and outputs that live to the end."""
+    run again, variants, encoders and alternatives (some that only take less memory), workspaces and outputs that live to the
+    end."""
     build = _Builder(rng)
     fixed = [build.storage("parameter") for _ in range(2)]
     made: list[int] = []
@@ -61,8 +63,11 @@ def random_problem(rng: Random, most_forward: int = 5) -> Problem:
         build.operator(f"v{k}", inputs, [target], 0.3)
     for k in range(rng.choice((0, 0, 1, 2))):
         _implementation(build, f"{k}", range(num_forward, num_program), made)
+    extra_bytes = rng.choice((0, 0, 3))
+    for k in range(rng.choice((0, 0, 1, 2))):
+        _thrifty(build, f"{k}", range(num_forward, num_program))
     return Problem(
-        tuple(build.storages), tuple(build.operators), num_forward, num_program, frozenset(build.outputs), rng.choice((0, 0, 3))
+        tuple(build.storages), tuple(build.operators), num_forward, num_program, frozenset(build.outputs), extra_bytes
     )
 
 
@@ -80,6 +85,17 @@ def _implementation(build: _Builder, name: str, backward: range, made: list[int]
     build.operator(f"encode{name}", [source], [code], 0.0)
     inputs = [s for s in operator.inputs if s != source] + [code]
     build.operator(f"alternative{name}", inputs, list(operator.outputs), 0.3, replaces=replaced)
+
+
+def _thrifty(build: _Builder, name: str, backward: range) -> None:
+    """Workspace for a backward operator, and an alternative that reads the same and does without."""
+    replaced = build.rng.choice(backward)
+    operator = replace(build.operators[replaced], workspace_bytes=build.rng.randint(1, 8))
+    build.operators[replaced] = operator
+    slower_s = operator.time_s + build.rng.randint(0, 3)
+    build.operators.append(
+        replace(operator, name=f"thrifty{name}", time_s=slower_s, workspace_bytes=0, inplace=(), replaces=replaced)
+    )
 
 
 def chain(length: int, *, size_bytes: int = 10, time_s: float = 1.0) -> Problem:
