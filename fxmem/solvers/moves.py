@@ -40,7 +40,7 @@ class Moves:
         self.choosing = [t for t, stage in enumerate(compiled.stages) if len(stage.quickest) > 1]
         if self.choosing:
             self.kinds += (self.switch, self.switch)
-        self.thrifty = [t for t, stage in enumerate(compiled.stages) if stage.quickest != stage.lightest]
+        self.thrifty = [t for t, stage in enumerate(compiled.stages) if stage.thrifty is not None]
         if self.thrifty:
             self.kinds += (self.save, self.save)
 
@@ -82,7 +82,7 @@ class Moves:
                     yield wishes
 
     def all_savings(self, state: State) -> Iterator[dict[int, int]]:
-        """Each stage's last operator run by the lightest of the options that read the same, or no longer so."""
+        """Each stage's last operator run by its thrifty option, or no longer so."""
         for t in self.thrifty:
             yield {t: state.desired[t] ^ self.compiled.thrift}
 
@@ -178,8 +178,7 @@ class Moves:
         return self._run_by(state, t, self._pick(self.compiled.stages[t].quickest))
 
     def save(self, state: State) -> dict[int, int]:
-        """Run a stage's last operator by the lightest of the options that read the same, or no longer so; by preference where
-        that is what memory asks for."""
+        """Run a stage's last operator by its thrifty option, or no longer so; by preference where memory asks for that."""
         for _ in range(8):
             t = self._pick(self.thrifty)
             short, saving = state.peak_bytes[t] > state.budget_bytes, bool(state.desired[t] & self.compiled.thrift)

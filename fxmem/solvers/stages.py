@@ -8,7 +8,6 @@ that do neither: what is recomputed for it runs just before it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 from operator import and_, or_
@@ -22,13 +21,14 @@ ALWAYS_KEPT_FRACTION = 1e-3  # storages this small in sum are not worth a decisi
 class Option:
     """One way to run a stage's last operator: the program's own, or an alternative.
 
-    needs: bits that it reads (0 in a last stage that reads nothing). during_bytes: while it runs, without the forward storages
-    that the bits stand for. inplace: (bit of the input, or 0 where it surely dies, bytes saved). slower_s: seconds more than
-    the program's own.
+    needs: bits that it reads (0 in a last stage that reads nothing), of needs_bytes. during_bytes: while it runs, without the
+    forward storages that the bits stand for. inplace: (bit of the input, or 0 where it surely dies, bytes saved). slower_s:
+    seconds more than the program's own.
     """
 
     operator: int
     needs: int
+    needs_bytes: int
     during_bytes: int
     inplace: tuple[tuple[int, int], ...]
     slower_s: float = 0.0
@@ -37,6 +37,11 @@ class Option:
     def least_bytes(self) -> int:
         """While it runs in place."""
         return self.during_bytes - max((saved for _, saved in self.inplace), default=0)
+
+    @property
+    def alone_bytes(self) -> int:
+        """While it runs in place, with what it reads and nothing else that the bits stand for."""
+        return self.least_bytes + self.needs_bytes
 
 
 @dataclass(frozen=True)
@@ -70,20 +75,18 @@ class Stage:
     @cached_property
     def quickest(self) -> tuple[int, ...]:
         """Of the options that read the same, the one that takes least time; for each such set, in order."""
-        return self._first_by(lambda option: (option.slower_s, option.least_bytes))
-
-    @cached_property
-    def lightest(self) -> tuple[int, ...]:
-        """Of the options that read the same, the one that takes fewest bytes; for each such set, in order."""
-        return self._first_by(lambda option: (option.least_bytes, option.slower_s))
-
-    def _first_by(self, key: Callable[[Option], tuple]) -> tuple[int, ...]:
         best: dict[int, int] = {}
         for end, option in enumerate(self.options):
-            other = best.get(option.needs)
-            if other is None or key(option) < key(self.options[other]):
+            other = self.options[best.setdefault(option.needs, end)]
+            if (option.slower_s, option.alone_bytes) < (other.slower_s, other.alone_bytes):
                 best[option.needs] = end
         return tuple(best.values())
+
+    @cached_property
+    def thrifty(self) -> int | None:
+        """The option that takes fewest bytes, where it is none of the quickest."""
+        end = min(range(len(self.options)), key=lambda end: (self.options[end].alone_bytes, self.options[end].slower_s))
+        return None if end in self.quickest else end
 
 
 @dataclass(frozen=True)
@@ -143,8 +146,7 @@ class Compiled:
 
     @property
     def thrift(self) -> int:
-        """A bit that is no storage's: the wish that a stage's last operator runs by the lightest of the options that read the
-        same, not by the quickest."""
+        """A bit that is no storage's: the wish that a stage's last operator runs by its thrifty option."""
         return 1 << len(self.sizes)
 
     def bytes_of(self, bits: int) -> int:
@@ -328,12 +330,12 @@ def _stages(problem: Problem, bit: dict[int, int], merged: bool) -> tuple[Stage,
             operators.append(index)
             head = max(head, options[0].least_bytes)
     if operators or not stages:
-        stages.append(Stage(tuple(operators), (Option(-1, 0, now, ()),), head, now))
+        stages.append(Stage(tuple(operators), (Option(-1, 0, 0, now, ()),), head, now))
     return tuple(stages)
 
 
 def _option(problem: Problem, index: int, bit: dict[int, int], now: int, dying: set[int]) -> Option:
     operator = problem.operators[index]
-    pairs = _pairs(problem, operator, bit, dying.__contains__)
-    needs, during_bytes = _bits(operator.inputs, bit), now + operator.workspace_bytes
-    return Option(index, needs, during_bytes, pairs, problem.slower_s(index))
+    pairs, slower_s = _pairs(problem, operator, bit, dying.__contains__), problem.slower_s(index)
+    needs_bytes = sum(problem.storages[s].size_bytes for s in set(operator.inputs) if s in bit)
+    return Option(index, _bits(operator.inputs, bit), needs_bytes, now + operator.workspace_bytes, pairs, slower_s)

@@ -37,7 +37,7 @@ class State:
         self._sizes = {1 << k: size for k, size in enumerate(compiled.sizes)} | {0: 0}
         self._table = {p: (r.inputs, r.outputs, r.extra_bytes, r.inplace) for p, r in compiled.recomputes.items()}
         self._thrift = compiled.thrift
-        self._ends = [(s.quickest, s.lightest) for s in compiled.stages]
+        self._quickest, self._thrifty = [s.quickest for s in compiled.stages], [s.thrifty for s in compiled.stages]
         self._needs = [s.any_needs for s in compiled.stages]
         self._encoders_by_bit: dict[int, list[int]] = {}
         for moment, encoder in compiled.encoders.items():
@@ -175,15 +175,16 @@ class State:
         self.recomputes[t], self.seconds[t], self.touched[t], self.made[t], self._replays[t], self.ends[t] = found
 
     def _cheapest(self, t: int, alive: int) -> tuple:
-        """The walk of the stage's cheapest option, the first of equals; what it finds encoded counts with what that took. Of
-        options that read the same, the wish for thrift decides."""
-        options, (quickest, lightest) = self.compiled.stages[t].options, self._ends[t]
-        ends = lightest if alive & self._thrift else quickest
-        looked = 0 if quickest == lightest else self._thrift
+        """The walk of the stage's cheapest option, the first of equals; what it finds encoded counts with what that took. Where
+        thrift is wished for and there is a thrifty option, its walk."""
+        options, ends, looked = self.compiled.stages[t].options, self._quickest[t], 0
+        if self._thrifty[t] is not None:
+            looked = self._thrift
+            ends = (self._thrifty[t],) if alive & self._thrift else ends
         if len(ends) == 1:
             order, seconds, touched, made, replay = self._walk(options[ends[0]].needs, alive)
             return order, seconds + options[ends[0]].slower_s, looked | touched, made, replay, ends[0]
-        best, best_s = None, 0.0
+        best, best_s, looked = None, 0.0, looked | self._needs[t]
         for end in ends:
             option = options[end]
             order, seconds, touched, made, replay = self._walk(option.needs, alive)
@@ -389,7 +390,7 @@ def desires(compiled: Compiled, schedule: Schedule) -> list[int]:
     """The state nearest to a given schedule: what lives in it when each stage begins, and thrift where it was exercised."""
     problem, bit = compiled.problem, {s: 1 << k for k, s in enumerate(compiled.storages)}
     stage_of = {p: t for t, stage in enumerate(compiled.stages) for p in (*stage.operators, stage.options[0].operator)}
-    thrifty = {stage.options[end].operator for stage in compiled.stages for end in stage.lightest if end not in stage.quickest}
+    thrifty = {stage.options[stage.thrifty].operator for stage in compiled.stages if stage.thrifty is not None}
     found, live, stage = [0] * len(compiled.stages), 0, len(compiled.stages) - 1
     for index in reversed(schedule.steps[forward_length(problem, schedule) :]):
         now = stage_of.get(problem.program_index(index), stage)
@@ -411,8 +412,7 @@ def least_possible_bytes(problem: Problem, compiled: Compiled) -> int:
     """Bytes below which no schedule in program order goes: each operator alone, with what lives beside it in every schedule."""
     low = 0
     for stage in compiled.stages:
-        least = min(option.least_bytes + compiled.bytes_of(option.needs) for option in stage.options)
-        low = max(low, stage.head_bytes, least)
+        low = max(low, stage.head_bytes, min(option.alone_bytes for option in stage.options))
     for moment, bytes_ in enumerate(compiled.forward_bytes):
         saved = max((s for bit, s in compiled.forward_inplace[moment]), default=0)
         low = max(low, bytes_ - saved)
