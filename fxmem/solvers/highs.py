@@ -11,6 +11,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+DOUBLETON_EQUATIONS = (
+    1 << 9
+)  # a rule of presolve, left out: with integers among continuous variables it may cut the optimum off
+# (HiGHS 1.14 and 1.15, https://github.com/ERGO-Code/HiGHS/issues/3073), which would make bounds wrong and proofs void
+
 MEANING = {  # HiGHS's model status, in our words
     "kOptimal": "optimal",
     "kInfeasible": "infeasible",
@@ -80,6 +85,7 @@ def _run(program: Program, left_s: float, most_nodes: int | None, start: np.ndar
         "mip_abs_gap": 1e-9,
         "random_seed": 0,
         "presolve": "choose" if presolve else "off",
+        "presolve_rule_off": DOUBLETON_EQUATIONS,
     }
     if math.isfinite(left_s):
         options["time_limit"] = left_s
