@@ -29,7 +29,7 @@ from .stages import Compiled, Stage, members
 WINDOWS = (1, 12)
 MOST_VARIABLES = 20_000
 MOST_ENTRIES = 250_000
-MOST_NODES = 300
+MOST_NODES, NODES_X_VARIABLES = 300, 100_000  # the first node gains nearly all that there is to gain
 INTEGER_LIMIT_S = 15.0  # never reached but on a slow machine: nodes are counted
 IGNORED_FRACTION = 2e-3  # of all bytes, in the smallest storages
 
@@ -145,7 +145,7 @@ class Relaxation:
         self.variables = len(self.windows) * self.width
         self.starts, self.columns, self.values, self.upper = [0], [], [], []
 
-    def solve(self, deadline: float, *, integer: bool = False, most_nodes: int = MOST_NODES) -> Outcome:
+    def solve(self, deadline: float, *, integer: bool = False, most_nodes: int | None = None) -> Outcome:
         """Solve it, or the integer program that it relaxes."""
         if not self.upper:
             self.carried_or_made()
@@ -153,6 +153,7 @@ class Relaxation:
             self.inputs_present()
             self.forward_fits()
             self.backward_fits()
+        most_nodes = most_nodes or min(MOST_NODES, 1 + NODES_X_VARIABLES // self.variables)
         return minimize(self.program(integer), deadline=deadline, most_nodes=most_nodes)
 
     def s(self, window: int, k: int) -> int:

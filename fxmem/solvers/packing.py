@@ -56,11 +56,9 @@ def pack(state: State, moves: Moves, deadline: float = math.inf) -> bool:
     """Improve a state by sets of moves, until none is found: first to fit, then to take less time. Whether the deadline
     (time.monotonic) cut it short."""
     for _ in range(MOST_ROUNDS):
-        if time.monotonic() > deadline:
-            return True
-        if not _round(state, list(_priced(state, moves, deadline)), deadline):
+        if time.monotonic() > deadline or not _round(state, list(_priced(state, moves, deadline)), deadline):
             break
-    return False
+    return time.monotonic() > deadline
 
 
 def _round(state: State, priced: list[Priced], deadline: float) -> bool:

@@ -35,6 +35,7 @@ RUNS_X_STAGES, LEAST_RUNS = 900, 2  # as many of FRESH begin a search, by the nu
 MOST_FOR_FRESH = 600  # stages above which annealing from the advice sees too little to beat packing it
 PACKED = 2  # of a round's best, one for each of two processes
 MOST_ROUNDS = 12
+SENSIBLE = 4.0  # times the extra time of the advice in segments: advice that can be taken as it is
 NOT_FAR = 1.5  # times the best extra time: a start that is worth packing
 NEAR = 0.05  # over the bound: one more round is enough
 WORTHWHILE = 5e-3  # of the extra time: a round that saves less is idle
@@ -81,17 +82,17 @@ def first_states(task: Task, compiled: Compiled, budget_bytes: int) -> Incumbent
 
 
 def advised_states(task: Task, compiled: Compiled, budget_bytes: int) -> list[tuple[int, ...]]:
-    """The linear relaxation's advice, in segments, and as it is.
+    """The linear relaxation's advice in segments, and as it is or in other segments.
 
     The relaxation makes each operator again once, however long ago what it reads was freed. On a long chain that is advice to
     make all of it again for each stage; there it is of use only together with segments, of which what they keep is kept too.
     """
     advice = hint(compiled, budget_bytes, task.deadline)
-    joined = [tuple(map(or_, advice, wishes)) for wishes in equal_segments(compiled)] or [advice]
-    found = [min(joined, key=lambda wishes: State(compiled, budget_bytes, list(wishes)).worst_bytes)]
-    if State(compiled, budget_bytes, list(advice)).time_s <= task.problem.plain_time_s:
-        found.append(advice)
-    return found
+    joined = [State(compiled, budget_bytes, list(map(or_, advice, wishes))) for wishes in equal_segments(compiled)]
+    alone, joined = State(compiled, budget_bytes, list(advice)), sorted(joined, key=lambda state: state.worst_bytes)
+    if not joined or alone.time_s <= joined[0].time_s * SENSIBLE:
+        joined[1:] = [alone]
+    return [tuple(state.desired) for state in joined[:2]]
 
 
 def squeeze(task: Task, compiled: Compiled, budget_bytes: int, best: Incumbent, pool: Pool, deadline: float) -> Incumbent:
