@@ -7,7 +7,6 @@ as `fxmem.schedule.simulate` does. So any state is a valid schedule, and the wis
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import reduce
 from itertools import accumulate
 from operator import add, or_
@@ -15,18 +14,15 @@ from operator import add, or_
 from ..problem import Problem
 from ..schedule import Schedule, forward_length
 from .stages import Compiled, members
-
-MOST_WALKS = 200  # walks remembered for each stage
-LOOKAHEAD = 60  # recomputes deep into which the cost of a storage with several makers is worked out
+from .walks import Walks
 
 
 class State:
     """Desired carries for each stage, what follows from them, and an undo log for the last change.
 
     desired[t], alive[t]: storages wished for and found when stage t begins, and beside them the wish for thrift (see
-    `Compiled.thrift`); recomputes[t]: operators run again in it, in order;
-    ends[t]: the option that its last operator runs by; touched[t]: storages whose presence decided that; made[t]: what they
-    make; live[t]: what is in truth carried into stage t, of live_bytes[t] bytes; peak_bytes[t]: most bytes in it.
+    `Compiled.thrift`); recomputes[t], seconds[t], touched[t], made[t], ends[t]: the stage's walk (see `Walk`); live[t]: what is
+    in truth carried into stage t, of live_bytes[t] bytes; peak_bytes[t]: most bytes in it.
     forward_bytes[m]: bytes at moment m of the forward. time_s: sum over all recomputes, encoders and slower alternatives.
     excess_bytes: sum over the stages and the forward of what they need beyond budget_bytes.
     """
@@ -37,14 +33,11 @@ class State:
         self._sizes = {1 << k: size for k, size in enumerate(compiled.sizes)} | {0: 0}
         self._table = {p: (r.inputs, r.outputs, r.extra_bytes, r.inplace) for p, r in compiled.recomputes.items()}
         self._thrift = compiled.thrift
-        self._quickest, self._thrifty = [s.quickest for s in compiled.stages], [s.thrifty for s in compiled.stages]
-        self._needs = [s.any_needs for s in compiled.stages]
         self._encoders_by_bit: dict[int, list[int]] = {}
         for moment, encoder in compiled.encoders.items():
             for k in members(encoder.inputs | encoder.outputs):
                 self._encoders_by_bit.setdefault(k, []).append(moment)
-        self._encoding_s = {bit: e.time_s for e in compiled.encoders.values() for bit in (1 << k for k in members(e.outputs))}
-        self._walks: list[dict] = [{} for _ in compiled.stages]
+        self._walks = Walks(compiled)
         self.reset(desired or [self.everything] * len(compiled.stages), budget_bytes)
 
     def reset(self, desired: list[int], budget_bytes: int) -> None:
@@ -160,114 +153,8 @@ class State:
 
     def _enter(self, t: int) -> None:
         """Find what stage t recomputes from what it finds alive, and how its last operator runs."""
-        memo, alive = self._walks[t], self.alive[t]
-        for touched, present, found in memo.get(self._needs[t] & alive, ()):  # noqa: B007 (used behind the loop)
-            if alive & touched == present:
-                break
-        else:
-            found = self._cheapest(t, alive)
-            if len(memo) > MOST_WALKS:
-                memo.clear()
-            entries = memo.setdefault(self._needs[t] & alive, [])
-            if len(entries) > 8:
-                del entries[0]
-            entries.append((found[2], alive & found[2], found))
-        self.recomputes[t], self.seconds[t], self.touched[t], self.made[t], self._replays[t], self.ends[t] = found
-
-    def _cheapest(self, t: int, alive: int) -> tuple:
-        """The walk of the stage's cheapest option, the first of equals; what it finds encoded counts with what that took. Where
-        thrift is wished for and there is a thrifty option, its walk."""
-        options, ends, looked = self.compiled.stages[t].options, self._quickest[t], 0
-        if self._thrifty[t] is not None:
-            looked = self._thrift
-            ends = (self._thrifty[t],) if alive & self._thrift else ends
-        if len(ends) == 1:
-            order, seconds, touched, made, replay = self._walk(options[ends[0]].needs, alive)
-            return order, seconds + options[ends[0]].slower_s, looked | touched, made, replay, ends[0]
-        best, best_s, looked = None, 0.0, looked | self._needs[t]
-        for end in ends:
-            option = options[end]
-            order, seconds, touched, made, replay = self._walk(option.needs, alive)
-            looked |= touched
-            seconds += option.slower_s
-            paid_s = seconds + sum(self._encoding_s.get(1 << k, 0.0) for k in members(option.needs & alive))
-            if best is None or paid_s < best_s - 1e-12:
-                best, best_s = (order, seconds, made, replay, end), paid_s
-        order, seconds, made, replay, end = best
-        return order, seconds, looked, made, replay, end
-
-    def _walk(self, needs: int, have: int) -> tuple[tuple[int, ...], float, int, int, tuple[int, dict]]:
-        """Post-order over what is missing: operators, their seconds, all that was looked at, all that is made, and what the
-        stage's replay depends on with an empty memory for it."""
-        touched, made, order, seconds, relevant = needs, 0, [], 0.0, needs
-        missing = needs & ~have
-        table, recomputes = self._table, self.compiled.recomputes
-        while missing:
-            stack = [self._choose(1 << (missing.bit_length() - 1), have)]
-            while stack:
-                index, looked = stack[-1]
-                touched |= looked
-                inputs, outputs, _, _ = table[index]
-                touched |= inputs
-                lacking = inputs & ~have
-                if lacking:
-                    stack.append(self._choose(1 << (lacking.bit_length() - 1), have))
-                    continue
-                stack.pop()
-                order.append(index)
-                relevant |= inputs | outputs
-                seconds += recomputes[index].time_s
-                have |= outputs
-                made |= outputs
-            missing = needs & ~have
-        return tuple(order), seconds, touched, made, (relevant, {})
-
-    def _choose(self, bit: int, have: int) -> tuple[int, int]:
-        """The cheapest maker of a storage, given what is there; and what was looked at to know."""
-        makers = self.compiled.makers[bit.bit_length() - 1]
-        if len(makers) == 1:
-            return makers[0], 0
-        at_once = self._undisputed(makers, have)
-        if at_once is not None:
-            return at_once
-        looked = 0
-        known: dict[int, tuple[float, int]] = {}
-
-        def cost(bit: int, depth: int) -> tuple[float, int]:
-            nonlocal looked
-            if bit in known:
-                return known[bit]
-            best = (float("inf"), -1)
-            for index in self.compiled.makers[bit.bit_length() - 1]:
-                again, late = self.compiled.recomputes[index], self.compiled.late_inputs[index]
-                looked |= late
-                if late & ~have:
-                    continue
-                looked |= again.inputs
-                total = again.time_s
-                if depth:
-                    total += sum(cost(1 << k, depth - 1)[0] for k in members(again.inputs & ~have))
-                best = min(best, (total, index))
-            known[bit] = best
-            return best
-
-        return cost(bit, LOOKAHEAD)[1], looked
-
-    def _undisputed(self, makers: Sequence[int], have: int) -> tuple[int, int] | None:
-        """Of several makers, the quickest first, the one that takes least by itself, where it lacks nothing that another does
-        not lack too; and what was looked at to know. None where there is no such maker."""
-        found, lacking, looked = -1, 0, 0
-        for index in makers:
-            inputs, late = self.compiled.recomputes[index].inputs, self.compiled.late_inputs[index]
-            looked |= late
-            if late & ~have:
-                continue
-            looked |= inputs
-            if found < 0:
-                found, lacking = index, inputs & ~have
-            elif lacking & ~inputs:
-                return None
-        return (found, looked) if found >= 0 else None
+        walk = self._walks.find(t, self.alive[t])
+        self.recomputes[t], self.seconds[t], self.touched[t], self.made[t], self._replays[t], self.ends[t] = walk
 
     def _settle(self, high: int, low: int, everywhere: bool = False) -> None:
         """Backward over the stages from the highest that recomputes otherwise, until what is live agrees again."""
