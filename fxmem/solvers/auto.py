@@ -17,6 +17,7 @@ from ..schedule import Schedule, simulate
 from ..units import format_percent
 from .base import SOLVERS, Answer, Task, judge, register_solver
 from .bound import lower_bound
+from .checkmate import is_quick
 from .lift import lift
 from .milp import binaries, milp
 from .search import search
@@ -27,7 +28,6 @@ MOST_BINARIES = 600  # up to which the exact program ends in seconds
 CLOSE = 1e-4  # of a step: not worth closing
 FAR = 1.15  # times the bound: worth lifting
 PEERS = ("chen_greedy", "chen_sqrt", "per_block", "recursive", "rotor", "checkmate_lp")
-MOST_FOR_CHECKMATE = 20_000  # stages x storages up to which its linear program takes a second or two
 
 
 @register_solver("auto")
@@ -88,7 +88,7 @@ def _peers(task: Task, compiled: Compiled, log: list[str]) -> list[Schedule]:
     """The schedules of the peers that fit, where there is time for them."""
     found = []
     for name in PEERS:
-        if task.out_of_time or (name == "checkmate_lp" and len(compiled.stages) * len(compiled.sizes) > MOST_FOR_CHECKMATE):
+        if task.out_of_time or (name == "checkmate_lp" and not is_quick(compiled)):
             break
         schedule = SOLVERS[name](task).schedule
         if schedule is not None:

@@ -81,7 +81,7 @@ def first_states(task: Task, compiled: Compiled, budget_bytes: int) -> Incumbent
     return best
 
 
-def advised_states(task: Task, compiled: Compiled, budget_bytes: int) -> list[tuple[int, ...]]:
+def advised_states(task: Task, compiled: Compiled, budget_bytes: int) -> list[State]:
     """The linear relaxation's advice in segments, and as it is or in other segments.
 
     The relaxation makes each operator again once, however long ago what it reads was freed. On a long chain that is advice to
@@ -92,7 +92,7 @@ def advised_states(task: Task, compiled: Compiled, budget_bytes: int) -> list[tu
     alone, joined = State(compiled, budget_bytes, list(advice)), sorted(joined, key=lambda state: state.worst_bytes)
     if not joined or alone.time_s <= joined[0].time_s * SENSIBLE:
         joined[1:] = [alone]
-    return [tuple(state.desired) for state in joined[:2]]
+    return joined[:2]
 
 
 def squeeze(task: Task, compiled: Compiled, budget_bytes: int, best: Incumbent, pool: Pool, deadline: float) -> Incumbent:
@@ -117,7 +117,7 @@ def better(incumbents: list[Incumbent]) -> Incumbent:
 def _rounds(task: Task, compiled: Compiled, budget_bytes: int, pool: Pool, log: list[str], thorough: bool) -> Incumbent:
     """Packing, a round from the relaxation's advice, then rounds from the best so far."""
     advised = advised_states(task, compiled, budget_bytes)
-    fresh = Run(task.problem, budget_bytes, advised[-1], effort(compiled), 0)
+    fresh = Run(task.problem, budget_bytes, tuple(advised[-1].desired), effort(compiled), 0)
     best = _packed(task, fresh, advised, first_states(task, compiled, budget_bytes), pool, log)
     runs, patience = _worthwhile(task, fresh, best, thorough)
     if runs:
@@ -130,12 +130,16 @@ def _rounds(task: Task, compiled: Compiled, budget_bytes: int, pool: Pool, log: 
     return _reheated(task, fresh, best, patience, pool, log)
 
 
-def _packed(task: Task, fresh: Run, advised: list[tuple[int, ...]], first: Incumbent, pool: Pool, log: list[str]) -> Incumbent:
+def _packed(task: Task, fresh: Run, advised: list[State], first: Incumbent, pool: Pool, log: list[str]) -> Incumbent:
     """The best of the advice packed, and of the best starting state, packed too where the advice is not much better."""
-    packed = pool.run_all(_packs(fresh, advised), task.deadline, task.progress)
+    states = [tuple(state.desired) for state in advised]
+    start, large = first.desired or first.smallest, len(advised[0].live) > MOST_FOR_FRESH
+    if large and first.desired and first.time_s <= advised[0].time_s * NOT_FAR:
+        states[1:] = [start]  # there is time for two alone
+    packed = pool.run_all(_packs(fresh, states), task.deadline, task.progress)
     best = better([first, *packed])
-    if best.desired is None or first.time_s <= best.time_s * NOT_FAR:
-        packed += pool.run_all(_packs(fresh, [first.desired or first.smallest]), task.deadline, task.progress)
+    if start not in states and (best.desired is None or first.time_s <= best.time_s * NOT_FAR):
+        packed += pool.run_all(_packs(fresh, [start]), task.deadline, task.progress)
         best = better([best, *packed])
     log.append("search: packed " + ", ".join(_in_percent(task, i) for i in packed))
     return best
