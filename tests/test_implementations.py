@@ -317,7 +317,7 @@ def test_the_pass_offers_beside_the_graph():
 
 
 def test_what_is_not_worth_it_is_checked_all_the_same(monkeypatch):
-    """A node that makes less than an implementation's least bytes is offered nothing, but by the check."""
+    """A node that neither reads nor makes an implementation's least bytes is offered nothing, but by the check."""
     module, x = Between(nn.ReLU()), images()
     relu_bytes = module(x).nbytes
 

@@ -235,6 +235,19 @@ def test_memory_is_paid_for_by_a_slower_alternative_where_that_costs_least():
         assert sum("slow" in problem.operators[p].name for p in found.schedule.steps) == 1
 
 
+def test_nothing_to_recompute_but_a_slower_way_that_takes_less():
+    """The forward's result is an output, so no storage is a matter of choice; the backward's workspace is."""
+    storages = (Storage("x", 5, "input"), Storage("y", 5), Storage("dx", 5, "gradient"))
+    backward = Operator("b", (0, 1), (2,), 1.0, 10)
+    operators = (Operator("f", (0,), (1,), 1.0), backward, replace(backward, time_s=1.5, workspace_bytes=0, replaces=1))
+    problem = Problem(storages, operators, 1, 2, frozenset({1, 2}))
+    for solver in ("search", "auto", "checkmate_lp"):
+        found = solve(problem, 20, solver=solver)
+        assert (found.timeline.peak_bytes, found.timeline.time_s) == (15, 2.5)
+    assert least_peak(problem).timeline.peak_bytes == 15
+    assert least_peak(problem, max_overhead=0.1).timeline.peak_bytes == 25
+
+
 def test_every_window_count_bounds_from_below():
     problem = load_instance("vgg16_32")
     compiled = compile_problem(problem)

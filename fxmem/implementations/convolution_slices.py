@@ -17,6 +17,7 @@ from ..cost.workspace import LOW_PRECISION, workspace_bytes
 from ..fake_kernels import fake_mode_of
 from ..torch_internals import convolution_backend
 from .base import Call, Choice, register_implementation
+from .convolution import INPUT_ALONE
 from .operators import chunks, define
 
 aten = torch.ops.aten
@@ -28,7 +29,7 @@ LEAST_BYTES = 1 << 24  # every choice more makes plans take longer
 @register_implementation("convolution_input_slices", BACKWARD, least_bytes=LEAST_BYTES)
 def convolution_input_slices(node: fx.Node) -> Choice | None:
     """What PyTorch's keeps; the input's gradient is made an eighth of the images at a time."""
-    return _sliced(node) if node.args[10][0] and not any(node.args[10][1:]) else None
+    return _sliced(node) if list(node.args[10]) == INPUT_ALONE else None
 
 
 @register_implementation("convolution_weight_slices", BACKWARD, exactness="accurate", least_bytes=LEAST_BYTES)

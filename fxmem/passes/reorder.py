@@ -16,7 +16,11 @@ from ..graph_meta import require
 from ..lowering import Lowered, draws_random_numbers, lower
 from ..order import Order, candidates, reordered, trace_order
 from ..schedule import plain_schedule, simulate
+from ..solvers.stages import compile_problem
+from ..solvers.state import least_possible_bytes
 from .base import Pass
+
+NEARLY = 0.01  # of a peak: floors that are as good as equal
 
 
 class Reorder(Pass):
@@ -42,21 +46,25 @@ class Reorder(Pass):
 
 
 def better_order(lowered: Lowered) -> Order | None:
-    """The best of `fxmem.order.candidates` by the simulator: of the least plain peak, and of those the one with the least
-    bytes alive on the average. None where that is the trace's.
+    """The best of `fxmem.order.candidates` beside the trace's, which is planned as well: where some can be brought to a smaller
+    peak than the trace's, one of those; by the simulator, of the least plain peak, and of those the one with the least bytes
+    alive on the average. None where that is the trace's.
 
     Sizes alone decide, not what a cost model says, so that a plan finds its order again.
     """
     operators = tuple(replace(o, workspace_bytes=0) for o in lowered.problem.operators)
     problem = replace(lowered.problem, operators=operators)
     found = candidates(problem, order_constraints(lowered))
+    problems = {name: reordered(problem, order) for name, order in found.items()}
+    floors = {name: least_possible_bytes(p, compile_problem(p)) for name, p in problems.items()}
+    lowest_bytes = min(floors.values()) * (1 + NEARLY)
+    worthwhile = found if floors["trace"] <= lowest_bytes else [name for name in found if floors[name] <= lowest_bytes]
 
     def need(name: str) -> tuple[int, int]:
-        other = reordered(problem, found[name])
-        timeline = simulate(other, plain_schedule(other))
+        timeline = simulate(problems[name], plain_schedule(problems[name]))
         return timeline.peak_bytes, sum(timeline.during_bytes)
 
-    best = min(found, key=need)  # the trace's is the first
+    best = min(worthwhile, key=need)  # the trace's is the first
     return None if best == "trace" else found[best]
 
 

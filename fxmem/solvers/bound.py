@@ -139,7 +139,8 @@ class Relaxation:
         self.column = {k: i for i, k in enumerate(self.bits)}
         wanted = set(self.bits)
         self.operators = [p for p, r in compiled.recomputes.items() if wanted & set(members(r.outputs))]
-        self.makers = {k: [i for i, p in enumerate(self.operators) if p in compiled.makers[k]] for k in self.bits}
+        place = {p: i for i, p in enumerate(self.operators)}
+        self.makers = {k: sorted(place[p] for p in compiled.makers[k] if p in place) for k in self.bits}
         self.windows = [range(a, b) for a, b in itertools.pairwise((0, *edges, len(compiled.stages)))]
         self.width = len(self.bits) + len(self.operators)
         self.variables = len(self.windows) * self.width
@@ -153,7 +154,7 @@ class Relaxation:
             self.inputs_present()
             self.forward_fits()
             self.backward_fits()
-        most_nodes = most_nodes or min(MOST_NODES, 1 + NODES_X_VARIABLES // self.variables)
+        most_nodes = most_nodes or min(MOST_NODES, 1 + NODES_X_VARIABLES // max(1, self.variables))
         return minimize(self.program(integer), deadline=deadline, most_nodes=most_nodes)
 
     def s(self, window: int, k: int) -> int:

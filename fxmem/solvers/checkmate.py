@@ -8,10 +8,10 @@ less of the budget until the schedule fits.
 from __future__ import annotations
 
 from .base import Answer, Task, cheapest, register_solver
-from .bound import Relaxation, even_edges
+from .bound import MOST_VARIABLES, Relaxation, even_edges
 from .stages import Compiled, compile_problem
 
-MOST_VARIABLES = 6_000  # as many windows: more make it slower, and what is rounded no better
+WINDOWS_VARIABLES = 6_000  # windows are as many as stay below: more make it slower, and what is rounded no better
 QUICK = 20_000  # stages x storages up to which several windows take a second or two
 BUDGETS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6)
 
@@ -20,7 +20,8 @@ BUDGETS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6)
 def checkmate_lp(task: Task) -> Answer:
     """The rounded relaxation at the largest part of the budget whose schedule fits."""
     compiled = compile_problem(task.problem)
-    windows, log = _windows(compiled), []
+    width = Relaxation(compiled, task.budget_bytes).width
+    windows, log = max(1, min(len(compiled.stages), WINDOWS_VARIABLES // max(1, width))), []
     for part in BUDGETS:
         relaxation = Relaxation(compiled, int(part * task.budget_bytes), even_edges(compiled, windows))
         outcome = relaxation.solve(task.deadline)
@@ -35,11 +36,8 @@ def checkmate_lp(task: Task) -> Answer:
 
 def is_quick(compiled: Compiled) -> bool:
     """Whether it takes a small part of a minute: on a small graph, and on a large one, where there is one window."""
-    return _windows(compiled) == 1 or len(compiled.stages) * len(compiled.sizes) <= QUICK
-
-
-def _windows(compiled: Compiled) -> int:
-    return max(1, min(len(compiled.stages), MOST_VARIABLES // max(1, Relaxation(compiled, 0).width)))
+    width = Relaxation(compiled, 0).width
+    return WINDOWS_VARIABLES // 2 < width <= MOST_VARIABLES or len(compiled.stages) * len(compiled.sizes) <= QUICK
 
 
 def _rounded(compiled: Compiled, relaxation: Relaxation, x) -> tuple[int, ...]:

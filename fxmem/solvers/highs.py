@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-DOUBLETON_EQUATIONS = (
-    1 << 9
-)  # a rule of presolve, left out: with integers among continuous variables it may cut the optimum off
-# (HiGHS 1.14 and 1.15, https://github.com/ERGO-Code/HiGHS/issues/3073), which would make bounds wrong and proofs void
+# A rule of presolve that is left out: with integers among continuous variables it may cut the optimum off (HiGHS 1.14 and 1.15,
+# https://github.com/ERGO-Code/HiGHS/issues/3073), which would make bounds wrong and proofs void. HiGHS counts its rules
+# (PresolveRuleType) anew now and then; test_what_presolve_must_not_cut_off tells.
+DOUBLETON_EQUATIONS = 1 << 9
 
 MEANING = {  # HiGHS's model status, in our words
     "kOptimal": "optimal",

@@ -74,7 +74,7 @@ class Moves:
                     yield wishes
 
     def all_switches(self, state: State) -> Iterator[dict[int, int]]:
-        """Each stage's last operator run by each other option."""
+        """Each stage's last operator run by each other of the quickest options."""
         for t in self.choosing:
             for end in self.compiled.stages[t].quickest:
                 wishes = self._run_by(state, t, end) if end != state.ends[t] else {}
@@ -84,7 +84,7 @@ class Moves:
     def all_savings(self, state: State) -> Iterator[dict[int, int]]:
         """Each stage's last operator run by its thrifty option, or no longer so."""
         for t in self.thrifty:
-            yield {t: state.desired[t] ^ self.compiled.thrift}
+            yield self._turn(state, t)
 
     def evict(self, state: State) -> dict[int, int]:
         """Drop a carried storage over the gap between two of its uses; where memory is short, by preference."""
@@ -173,7 +173,7 @@ class Moves:
                 wishes[t] = wishes.get(t, old) & ~target | new
 
     def switch(self, state: State) -> dict[int, int]:
-        """Run a stage's last operator by another of its options."""
+        """Run a stage's last operator by another of its quickest options."""
         t = self._pick(self.choosing)
         return self._run_by(state, t, self._pick(self.compiled.stages[t].quickest))
 
@@ -184,13 +184,23 @@ class Moves:
             short, saving = state.peak_bytes[t] > state.budget_bytes, bool(state.desired[t] & self.compiled.thrift)
             if short != saving:
                 break
-        return {t: state.desired[t] ^ self.compiled.thrift}
+        return self._turn(state, t)
+
+    def _turn(self, state: State, t: int) -> dict[int, int]:
+        """The other wish for thrift in stage t, and to carry into it what the thrifty option reads."""
+        stage, thrift = self.compiled.stages[t], self.compiled.thrift
+        wishes: dict[int, int] = {}
+        if not state.desired[t] & thrift:
+            for k in members(stage.options[stage.thrifty].needs & self.free & ~state.alive[t]):
+                for u, bits in self._keep_until(state, t, 1 << k).items():
+                    wishes[u] = wishes.get(u, state.desired[u]) | bits
+        return wishes | {t: wishes.get(t, state.desired[t]) ^ thrift}
 
     def _run_by(self, state: State, t: int, end: int) -> dict[int, int]:
-        """To carry into stage t what one option reads, and from its last use on nothing that only others do."""
+        """To carry into stage t what one option reads, and from its last use on nothing that only others do; without thrift."""
         stage = self.compiled.stages[t]
         needs = stage.options[end].needs & self.free
-        wishes = {t: state.desired[t]}
+        wishes = {t: state.desired[t] & ~self.compiled.thrift}
         for k in members(stage.any_needs & self.free & ~needs):
             low = t
             while low > 0 and not (state.touched[low - 1] | state.made[low - 1]) >> k & 1:

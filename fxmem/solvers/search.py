@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import replace
 from operator import or_
+from typing import NamedTuple
 
 from ..schedule import simulate
 from ..units import format_percent
@@ -81,17 +82,29 @@ def first_states(task: Task, compiled: Compiled, budget_bytes: int) -> Incumbent
     return best
 
 
-def advised_states(task: Task, compiled: Compiled, budget_bytes: int) -> list[State]:
-    """The linear relaxation's advice in segments, and as it is or in other segments.
+class Advice(NamedTuple):
+    """Wishes for each stage, and what follows from them."""
+
+    worst_bytes: int
+    time_s: float
+    desired: tuple[int, ...]
+
+
+def advised_states(task: Task, compiled: Compiled, budget_bytes: int) -> list[Advice]:
+    """The linear relaxation's advice in the segments that ask for the smallest peak, and as it is or in the next best segments.
 
     The relaxation makes each operator again once, however long ago what it reads was freed. On a long chain that is advice to
     make all of it again for each stage; there it is of use only together with segments, of which what they keep is kept too.
     """
     advice = hint(compiled, budget_bytes, task.deadline)
-    joined = [State(compiled, budget_bytes, list(map(or_, advice, wishes))) for wishes in equal_segments(compiled)]
-    alone, joined = State(compiled, budget_bytes, list(advice)), sorted(joined, key=lambda state: state.worst_bytes)
-    if not joined or alone.time_s <= joined[0].time_s * SENSIBLE:
-        joined[1:] = [alone]
+    state, joined = State(compiled, budget_bytes), []
+    for wishes in equal_segments(compiled):
+        state.reset(list(map(or_, advice, wishes)), budget_bytes)
+        joined.append(Advice(state.worst_bytes, state.time_s, tuple(state.desired)))
+    joined.sort()
+    state.reset(list(advice), budget_bytes)
+    if not joined or state.time_s <= joined[0].time_s * SENSIBLE:
+        joined[1:] = [Advice(state.worst_bytes, state.time_s, tuple(state.desired))]
     return joined[:2]
 
 
@@ -117,7 +130,9 @@ def better(incumbents: list[Incumbent]) -> Incumbent:
 def _rounds(task: Task, compiled: Compiled, budget_bytes: int, pool: Pool, log: list[str], thorough: bool) -> Incumbent:
     """Packing, a round from the relaxation's advice, then rounds from the best so far."""
     advised = advised_states(task, compiled, budget_bytes)
-    fresh = Run(task.problem, budget_bytes, tuple(advised[-1].desired), effort(compiled), 0)
+    fresh = Run(
+        task.problem, budget_bytes, advised[-1].desired, effort(compiled), 0
+    )  # the advice as it is, where it is sensible
     best = _packed(task, fresh, advised, first_states(task, compiled, budget_bytes), pool, log)
     runs, patience = _worthwhile(task, fresh, best, thorough)
     if runs:
@@ -130,12 +145,12 @@ def _rounds(task: Task, compiled: Compiled, budget_bytes: int, pool: Pool, log: 
     return _reheated(task, fresh, best, patience, pool, log)
 
 
-def _packed(task: Task, fresh: Run, advised: list[State], first: Incumbent, pool: Pool, log: list[str]) -> Incumbent:
-    """The best of the advice packed, and of the best starting state, packed too where the advice is not much better."""
-    states = [tuple(state.desired) for state in advised]
-    start, large = first.desired or first.smallest, len(advised[0].live) > MOST_FOR_FRESH
-    if large and first.desired and first.time_s <= advised[0].time_s * NOT_FAR:
-        states[1:] = [start]  # there is time for two alone
+def _packed(task: Task, fresh: Run, advised: list[Advice], first: Incumbent, pool: Pool, log: list[str]) -> Incumbent:
+    """The best of the advice packed, and of the best starting state, packed too where the advice is not much better: on large
+    graphs, where packing two takes all the time, in the place of the second advice."""
+    states, start = [advice.desired for advice in advised], first.desired or first.smallest
+    if len(start) > MOST_FOR_FRESH and first.desired and first.time_s <= advised[0].time_s * NOT_FAR:
+        states[1:] = [start]
     packed = pool.run_all(_packs(fresh, states), task.deadline, task.progress)
     best = better([first, *packed])
     if start not in states and (best.desired is None or first.time_s <= best.time_s * NOT_FAR):

@@ -40,12 +40,14 @@ class Segment:
 
 def starting_states(compiled: Compiled, starts: Sequence[Schedule] = ()) -> list[tuple[int, ...]]:
     """The given schedules, everything kept, segments of equal bytes, halves within halves, and where the graph is small enough
-    to make everything again for each stage, nothing kept; as wishes for each stage."""
+    to make everything again for each stage, nothing kept; with thrift everywhere too; as wishes for each stage."""
     count = len(compiled.stages)
     found = [tuple(desires(compiled, schedule)) for schedule in starts]
     found += [(compiled.everything,) * count, *equal_segments(compiled), wishes_of(compiled, nested(compiled, 2, count))]
     if count * len(compiled.sizes) <= MOST_FOR_NOTHING:
         found.append((0,) * count)
+    if any(stage.thrifty is not None for stage in compiled.stages):
+        found += [tuple(bits | compiled.thrift for bits in wishes) for wishes in found]
     return found
 
 

@@ -21,7 +21,7 @@ ALWAYS_KEPT_FRACTION = 1e-3  # storages this small in sum are not worth a decisi
 class Option:
     """One way to run a stage's last operator: the program's own, or an alternative.
 
-    needs: bits that it reads (0 in a last stage that reads nothing), of needs_bytes. during_bytes: while it runs, without the
+    needs: bits that it reads (0 in one that reads nothing), of needs_bytes. during_bytes: while it runs, without the
     forward storages that the bits stand for. inplace: (bit of the input, or 0 where it surely dies, bytes saved). slower_s:
     seconds more than the program's own.
     """
@@ -167,7 +167,8 @@ def members(bits: int) -> list[int]:
 def compile_problem(problem: Problem, *, merged: bool = True) -> Compiled:
     """Split the backward into stages and every operator's storages into bits and constants.
 
-    merged: operators that read no forward storage join the next stage; otherwise each backward operator is a stage.
+    merged: operators that read no forward storage and run in one way only join the next stage; otherwise each backward operator
+        is a stage.
     """
     forward = _forward_order(problem)
     made = [s for index in forward for s in problem.operators[index].outputs]

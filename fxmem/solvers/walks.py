@@ -1,4 +1,4 @@
-"""What a stage makes again from what it finds alive: the walks of a state (see `state`), which many states share.
+"""What a stage makes again from what it finds alive: the walks of a state (see `state`), remembered as it changes.
 
 A walk makes what a stage's last operator reads and does not find, in post-order: each storage by the maker that is cheapest
 given what is there, just in time.
@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 from .stages import Compiled, Option, members
 
-MOST_WALKS = 200  # remembered for each stage
-MOST_ALIKE = 8  # of them, those that find alike what the stage reads
+MOST_SETS = 200  # of walks, remembered for each stage
+MOST_ALIKE = 8  # walks in a set: they find alike what the stage reads
 LOOKAHEAD = 60  # recomputes deep into which the cost of a storage with several makers is worked out
 
 
@@ -45,10 +45,10 @@ class Walks:
             if alive & touched == present:
                 return walk
         walk = self._cheapest(t, alive)
-        if len(known) > MOST_WALKS:
+        if len(known) >= MOST_SETS:
             known.clear()
         alike = known.setdefault(self._needs[t] & alive, [])
-        if len(alike) > MOST_ALIKE:
+        if len(alike) >= MOST_ALIKE:
             del alike[0]
         alike.append((walk.touched, alive & walk.touched, walk))
         return walk
