@@ -8,7 +8,7 @@ import weakref
 import pytest
 import torch
 from helpers.models import ConvNet, Counter, Transformer, TwoHeads
-from helpers.steps import assert_same, assert_same_steps, messages, step, tensors, transform
+from helpers.steps import assert_same, assert_same_steps, messages, step, transform
 from torch import fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 from torch.fx.passes.split_module import split_module
@@ -409,14 +409,20 @@ def test_functional_call():
     assert_same(*found)
 
 
-@pytest.mark.filterwarnings("error:.*alias")  # an error on PyTorch's own testing machines, and later everywhere
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_compiled(backend):
-    plain, planned, args = pair(TwoHeads, (torch.randn(4, 8),))
-    compiled = torch.compile(planned, backend=backend)
-    for module in (plain, compiled):
-        sum(t.sum() for t in tensors(module(*args))).backward()
-    assert_same(gradients(plain), gradients(planned))
+@pytest.mark.parametrize("around", [nn.Sequential, lambda module: module], ids=["around", "itself"])
+def test_compiled(backend, around):
+    """Compiled code around it runs it as planned, whatever the call: another batch, another mode."""
+    plain, planned, args = pair()
+    compiled = torch.compile(around(planned), backend=backend)
+    for batch in (len(args[0]), len(args[0]) - 1):
+        for module in (plain, compiled):
+            torch.manual_seed(0)
+            module(args[0][:batch]).sum().backward()
+        assert_same(gradients(plain), gradients(planned))
+    plain.eval(), planned.eval()
+    with torch.no_grad():
+        assert_same(plain(*args), compiled(*args))
 
 
 def test_training_continues_as_a_part_of_another_module():

@@ -11,10 +11,10 @@ from torch import nn
 
 import fxmem
 from fxmem.errors import ProblemError
-from fxmem.lowering import lower
+from fxmem.lowering import Lowered, lower
 from fxmem.measuring import backward_roots
 from fxmem.order import candidates, early_gradients, largest_decrease_first, least_peak_order, peak_of, reordered, trace_order
-from fxmem.passes import MarkRegions, Reorder
+from fxmem.passes import MarkRegions, Reorder, reorder
 from fxmem.passes.reorder import better_order, order_constraints
 from fxmem.prepared import prepare
 from fxmem.problem import Operator, Problem, Storage
@@ -138,6 +138,30 @@ def test_the_pass_moves_what_the_lowering_is_told(layers):
     backward = [n.meta["fxmem_region"] for n in lower(joint).nodes[other.lowered.problem.num_forward :]]
     program = backward[: other.lowered.problem.num_program - other.lowered.problem.num_forward]
     assert program == sorted(program, reverse=True)
+
+
+def test_an_order_that_can_be_brought_to_a_smaller_peak_comes_before_one_of_a_smaller_plain_peak(monkeypatch):
+    """The complete search saves a byte where everything kept lies; largest decrease first makes the large gradient last, after
+    what `h` takes, which no recompute can undo."""
+    sizes = {"x": 5, "y1": 70, "y2": 70, "y3": 70, "z1": 10, "z2": 2, "A1": 8, "A2": 1, "D1": 0, "D2": 0, "D3": 0}
+    sizes |= {"O": 100, "T": 60, "o": 1}
+    number = {name: k for k, name in enumerate(sizes)}
+    storages = tuple(Storage(name, size) for name, size in sizes.items())
+
+    def operator(name: str, inputs: str, output: str) -> Operator:
+        return Operator(name, tuple(number[i] for i in inputs.split()), (number[output],), 1.0)
+
+    forward = [operator(f"f{made}", "", made) for made in ("x", "y1", "y2", "y3", "z1", "z2")]
+    backward = [operator("a1", "z1", "A1"), operator("a2", "z2", "A2")]
+    backward += [operator(f"d{i}", f"y{i} A1 A2", f"D{i}") for i in (1, 2, 3)]
+    backward += [operator("w", "x A1", "O"), operator("h", "A1 A2", "T"), operator("t", "T", "o")]
+    results = frozenset(number[name] for name in ("A1", "A2", "D1", "D2", "D3", "O", "o"))
+    problem = Problem(storages, (*forward, *backward), len(forward), len(forward) + len(backward), results)
+    monkeypatch.setattr(reorder, "order_constraints", lambda lowered: itertools.pairwise(problem.forward))
+    found = candidates(problem, tuple(itertools.pairwise(problem.forward)))
+    best = better_order(Lowered(problem, ()))
+    assert best == found["largest decrease first"]
+    assert peak_of(problem, best) > peak_of(problem, found["complete search"])
 
 
 def test_what_stays_in_order():

@@ -1,6 +1,7 @@
 """A planned step leaves what the plain step leaves, bit for bit: outputs, gradients, buffers, random numbers."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -110,6 +111,25 @@ RANDOM = {
 def test_random_operators_draw_the_plain_numbers(name):
     torch.manual_seed(0)
     assert_drop_in(Apply(RANDOM[name]), (torch.randn(2, 4, 8),))
+
+
+class Noisy(nn.Module):
+    """Noise that is larger than what it is made from, so that it is made again."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x):
+        for make in (torch.randn, torch.rand, functools.partial(torch.randint, 5)):
+            x = self.last((self.first(x) * make(x.shape, device=x.device)).sin())
+        return x
+
+
+def test_noise_by_shape_is_drawn_again():
+    torch.manual_seed(0)
+    planned = assert_drop_in(Noisy(), (torch.randn(512, 64),), budget="min", cost="roofline")
+    assert any("replay(" in region.backward_graph.code for region in planned.regions)
 
 
 TARGETS = torch.arange(4) % 4

@@ -58,7 +58,7 @@ def rng_state(device: str) -> torch.Tensor:
 
 
 @torch.fx.wrap
-def replay(state: torch.Tensor, device: str, operator: Callable, *args, **kwargs):
+def replay(state: torch.Tensor, device: str, operator: Callable, /, *args, **kwargs):
     """Run `operator(*args, **kwargs)` on the random numbers that it drew from `state`; the generator ends up as it was."""
     before = rng_state(device)
     set_state(state, device)

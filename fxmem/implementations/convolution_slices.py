@@ -1,8 +1,9 @@
 """A convolution's backward a few images at a time: a library's kernels on a CPU lay all operands out anew, which takes as much
 memory again as these, or unfold them, which takes more.
 
-The gradient of an image of the input depends on no other image: where the same kernel runs, it comes out bit for bit. The
-gradients of weight and bias are sums over images, which slices add up in another order. Convolutions of single pixels, and
+The gradient of an image of the input depends on no other image, but libraries cut the work for several threads by the number of
+images, and so add up in another order (with strides of two, for one). The gradients of weight and bias are sums over images,
+which slices add up in another order too. Convolutions of single pixels, and
 those in channels-last, run as their operands lie, and cuDNN lays nothing out: nothing is to be saved, and nothing is offered.
 """
 
@@ -26,7 +27,7 @@ SLICES = 8
 LEAST_BYTES = 1 << 24  # every choice more makes plans take longer
 
 
-@register_implementation("convolution_input_slices", BACKWARD, least_bytes=LEAST_BYTES)
+@register_implementation("convolution_input_slices", BACKWARD, exactness="accurate", least_bytes=LEAST_BYTES)
 def convolution_input_slices(node: fx.Node) -> Choice | None:
     """What PyTorch's keeps; the input's gradient is made an eighth of the images at a time."""
     return _sliced(node) if list(node.args[10]) == INPUT_ALONE else None
