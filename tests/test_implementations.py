@@ -42,7 +42,11 @@ NOT_BITWISE = {  # and so offered nowhere
     ("chain", torch.bfloat16): "a kernel of several operators rounds once",
     ("convolution_transposed", torch.float64): "the two kernels for double add in different orders",
 }
-NOT_OFFERED = {("convolution_weight_slices", "channels_last"): "kernels take it as it lies, without workspace"}
+NOT_OFFERED = {
+    (name, "channels_last"): "kernels take it as it lies, without workspace"
+    for name in ("convolution_input_slices", "convolution_weight_slices")
+}
+BITWISE_HERE = {"convolution_input_slices": "other sizes, on several threads, are not"}
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +72,7 @@ def test_gradients_and_bytes_are_as_promised(name, dtype):
     found = fxmem.check_implementation(name, module, (images(dtype),))
     assert found.places >= 1 and found.measured_peak_bytes <= found.predicted_peak_bytes
     assert found.is_bitwise or IMPLEMENTATIONS[name].exactness == "accurate"
-    if dtype is torch.float32:  # what is bitwise belongs into that class
+    if dtype is torch.float32 and name not in BITWISE_HERE:  # what is bitwise belongs into that class
         assert found.is_bitwise == (IMPLEMENTATIONS[name].exactness == "bitwise")
 
 

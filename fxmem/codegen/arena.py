@@ -181,12 +181,11 @@ class Lease:
 
 
 def lend(pool: ArenaPool | None, tensors: Iterable[torch.Tensor]) -> Lease | None:
-    """A lease from the pool, if there is one, for the device of the given tensors; while PyTorch compiles, of no arena, since
-    memory is the compiler's then."""
+    """A lease from the pool, if there is one, for the device of the given tensors."""
     if pool is None:
         return None
     device = next(t.device for t in tensors if t.device.type == pool.layout.device_type)
-    return Lease(Unplanned(pool.layout, device), None) if torch.compiler.is_compiling() else pool.lend(device)
+    return pool.lend(device)
 
 
 def _stream(device: torch.device) -> Any:
