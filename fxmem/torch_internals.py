@@ -290,7 +290,7 @@ def spec_children(spec: Any) -> list[Any]:
 
 
 def is_being_traced(*tree: Any) -> bool:
-    """Whether this call is Dynamo's or an fx tracer's, not a real one."""
+    """Whether this call is an exporter's or an fx tracer's, not a real one."""
     return torch.compiler.is_compiling() or any(isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves(tree))
 
 
@@ -327,15 +327,15 @@ def memory_viz() -> ModuleType:
 def convolution_backends(x: Any, weight: Any, stride: Any, padding: Any, dilation: Any, groups: int, missing: Any, made: Any):
     """The names of the kernels that PyTorch picks for a convolution of x, and for the transposed one that leads from `made`, a
     tensor of its output's shape, back to x's shape, `missing` being its output padding."""
-    select = torch._C._select_conv_backend
-    there = select(x, weight, None, stride, padding, dilation, False, [0] * len(stride), groups, [weight.shape[0]])
-    back = select(made, weight, None, stride, padding, dilation, True, missing, groups, [weight.shape[1] * groups])
+    there, bias_sizes = convolution_backend(x, weight, stride, padding, dilation, groups), [weight.shape[1] * groups]
+    back = torch._C._select_conv_backend(made, weight, None, stride, padding, dilation, True, missing, groups, bias_sizes)
     return there.name, "MkldnnTranspose" if back.name == "???" else back.name  # the one kernel that has no name in Python
 
 
 def convolution_backend(x: torch.Tensor, weight: torch.Tensor, stride: Any, padding: Any, dilation: Any, groups: int) -> Any:
-    """The kernel that PyTorch picks for a convolution without bias, to compare."""
-    return torch._C._select_conv_backend(x, weight, None, stride, padding, dilation, False, [0] * len(stride), groups, None)
+    """The kernel that PyTorch picks for a convolution."""
+    missing, bias_sizes = [0] * len(stride), [weight.shape[0]]
+    return torch._C._select_conv_backend(x, weight, None, stride, padding, dilation, False, missing, groups, bias_sizes)
 
 
 def suggested_format(tensor: torch.Tensor) -> torch.memory_format:

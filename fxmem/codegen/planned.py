@@ -124,7 +124,8 @@ class PlannedModule(fx.GraphModule):
         if name in getattr(self.__dict__.get("_source"), "_modules", ()):
             setattr(self._source, name, value)  # another head, say, is one for inference and other plans too
 
-    @torch.compiler.disable  # which plan a call gets depends on more than Dynamo guards; what is compiled around it runs it so
+    # Which plan a call gets depends on more than Dynamo guards: code that is compiled around this one calls it as it is.
+    @torch.compiler.disable
     def __call__(self, *args, **kwargs):
         if is_being_traced(args, kwargs) or self._replan is None:  # a plan of inference, for one kind of call
             return super().__call__(*args, **kwargs)

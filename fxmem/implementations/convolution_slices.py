@@ -3,8 +3,8 @@ memory again as these, or unfold them, which takes more.
 
 The gradient of an image of the input depends on no other image, but libraries cut the work for several threads by the number of
 images, and so add up in another order (with strides of two, for one). The gradients of weight and bias are sums over images,
-which slices add up in another order too. Convolutions of single pixels, and
-those in channels-last, run as their operands lie, and cuDNN lays nothing out: nothing is to be saved, and nothing is offered.
+which slices add up in another order too. Convolutions of single pixels, and those in channels-last, run as their operands lie,
+and cuDNN lays nothing out: nothing is to be saved, and nothing is offered.
 """
 
 from __future__ import annotations

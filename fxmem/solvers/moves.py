@@ -191,9 +191,7 @@ class Moves:
         stage, thrift = self.compiled.stages[t], self.compiled.thrift
         wishes: dict[int, int] = {}
         if not state.desired[t] & thrift:
-            for k in members(stage.options[stage.thrifty].needs & self.free & ~state.alive[t]):
-                for u, bits in self._keep_until(state, t, 1 << k).items():
-                    wishes[u] = wishes.get(u, state.desired[u]) | bits
+            self._carry(state, t, stage.options[stage.thrifty].needs, wishes)
         return wishes | {t: wishes.get(t, state.desired[t]) ^ thrift}
 
     def _run_by(self, state: State, t: int, end: int) -> dict[int, int]:
@@ -207,10 +205,14 @@ class Moves:
                 low -= 1
             for u in range(low, t + 1):
                 wishes[u] = wishes.get(u, state.desired[u]) & ~(1 << k)
-        for k in members(needs & ~state.alive[t]):
-            for u, bits in self._keep_until(state, t, 1 << k).items():
-                wishes[u] = wishes.get(u, state.desired[u]) | (bits & 1 << k)
+        self._carry(state, t, needs, wishes)
         return {u: bits for u, bits in wishes.items() if bits != state.desired[u]}
+
+    def _carry(self, state: State, t: int, bits: int, wishes: dict[int, int]) -> None:
+        """Add to `wishes` that what of `bits` stage t does not find is carried into it, each from where it was last alive."""
+        for k in members(bits & self.free & ~state.alive[t]):
+            for u in self._keep_until(state, t, 1 << k):
+                wishes[u] = wishes.get(u, state.desired[u]) | 1 << k
 
     def _pick(self, items):
         return items[int(self.rng.random() * len(items))]

@@ -32,7 +32,6 @@ MOST_NODES = 200
 MOST_CUTS = 20
 BLOCK = 64  # moves written out in full at a time
 CUTS = 20
-BLOCK = 64  # moves written out in full at a time
 Wishes = dict[int, int]
 
 

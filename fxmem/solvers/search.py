@@ -76,9 +76,10 @@ def effort(compiled: Compiled) -> int:
 
 def first_states(task: Task, compiled: Compiled, budget_bytes: int) -> Incumbent:
     """The best of the starting states in either sense."""
-    best = Incumbent()
+    best, state = Incumbent(), State(compiled, budget_bytes)
     for desired in starting_states(compiled, task.starts):
-        best.offer(State(compiled, budget_bytes, list(desired)))
+        state.reset(list(desired), budget_bytes)
+        best.offer(state)
     return best
 
 
@@ -97,14 +98,15 @@ def advised_states(task: Task, compiled: Compiled, budget_bytes: int) -> list[Ad
     make all of it again for each stage; there it is of use only together with segments, of which what they keep is kept too.
     """
     advice = hint(compiled, budget_bytes, task.deadline)
-    state, joined = State(compiled, budget_bytes), []
-    for wishes in equal_segments(compiled):
-        state.reset(list(map(or_, advice, wishes)), budget_bytes)
-        joined.append(Advice(state.worst_bytes, state.time_s, tuple(state.desired)))
-    joined.sort()
-    state.reset(list(advice), budget_bytes)
-    if not joined or state.time_s <= joined[0].time_s * SENSIBLE:
-        joined[1:] = [Advice(state.worst_bytes, state.time_s, tuple(state.desired))]
+    state = State(compiled, budget_bytes)
+
+    def evaluated(wishes: Iterable[int]) -> Advice:
+        state.reset(list(wishes), budget_bytes)
+        return Advice(state.worst_bytes, state.time_s, tuple(state.desired))
+
+    joined, alone = sorted(evaluated(map(or_, advice, wishes)) for wishes in equal_segments(compiled)), evaluated(advice)
+    if not joined or alone.time_s <= joined[0].time_s * SENSIBLE:
+        joined[1:] = [alone]
     return joined[:2]
 
 
