@@ -98,7 +98,8 @@ def test_a_run_finds_the_same_in_the_second_process(monkeypatch):
     problem = load_instance("vgg16_32")
     compiled = compile_problem(problem)
     everything = ((1 << len(compiled.sizes)) - 1,) * len(compiled.stages)
-    runs = [Run(problem, peak(problem, 0.65), everything, 600, seed) for seed in range(3)]
+    # Packing asks HiGHS, which introduces itself on standard output.
+    runs = [Run(problem, peak(problem, 0.65), everything, 600, seed, packed=True) for seed in range(3)]
     alone = [anneal(run) for run in runs]
     monkeypatch.setattr("fxmem.solvers.pool.WORTHWHILE_S", 0.0)
     monkeypatch.setattr("fxmem.solvers.pool._cores", lambda: 2)
@@ -185,6 +186,15 @@ def test_an_interrupted_process_ends_with_the_incumbent_or_cleanly(after_s):
         assert errors.rstrip().endswith("KeyboardInterrupt") and "During handling" not in errors
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)  # nobody of the group is left
+
+
+def test_nothing_is_printed():
+    script = (
+        "from helpers.problems import chain; from fxmem.solvers import solve; problem = chain(6);"
+        "print(solve(problem, 90).status, solve(problem, 90, solver='milp').status)"
+    )
+    output, _ = _start(script).communicate(timeout=100)
+    assert output == "optimal optimal\n"
 
 
 @pytest.mark.parametrize("broken", ["bound", "milp"])

@@ -1,9 +1,10 @@
-"""The default: the methods of others, search, a lower bound, and where these do not meet on a small graph, the exact program.
+"""The default: the methods of others, a lower bound, on a small graph the exact program, on all others search.
 
-The methods of others take little time, are starts for the search, and are judged beside it: the answer is never worse than
-theirs. Where there are operator implementations to choose from, the step without them is searched first, in short, and is one
-of the starts. The exact program begins from what the search found, as an upper limit on its cost. Whatever
-fails, the best schedule of the others is the answer, and the log tells.
+The methods of others take little time, are starts for the rest, and are judged beside it: the answer is never worse than
+theirs. What one asks next depends on what is open: nothing, where they meet the bound; the exact program, where that ends in
+seconds, with the best of them as an upper limit on its cost; else the search. Where there are operator implementations to choose
+from, and packing leaves room for that, the step without them is searched too, in short, and is another start. Whatever fails,
+the best schedule of the others is the answer, and the log tells.
 """
 
 from __future__ import annotations
@@ -32,23 +33,29 @@ PEERS = ("chen_greedy", "chen_sqrt", "per_block", "recursive", "rotor", "checkma
 
 @register_solver("auto")
 def auto(task: Task) -> Answer:
-    """Ask the peers, search, bound, and prove where that is cheap."""
+    """Ask the peers, bound, prove where that is cheap, else search."""
     compiled = compile_problem(task.problem)
     log: list[str] = []
     task = replace(task, starts=(*task.starts, *_peers(task, compiled, log)))
     bound_s = lower_bound(compiled, task.budget_bytes, task.deadline, log)
     known = math.isfinite(bound_s)  # at the least peak itself, the linear solver's tolerance may say that nothing fits
-    plainly, interrupted = _plainly(task, log)
-    task = replace(task, starts=(*task.starts, *plainly), bound_s=bound_s if known else 0.0)
-    if interrupted:
-        found = judge(task, task.starts)
-        return Answer(found and found[0], stopped=True, log=tuple(log))
-    answer = search(task)
-    log += answer.log
+    task = replace(task, bound_s=bound_s if known else 0.0)
+    unit_s = task.problem.plain_time_s or 1.0
+    found = judge(task, task.starts)
+    if known and found and found[1].overhead - bound_s / unit_s <= CLOSE:
+        return Answer(found[0], bound_s / unit_s, log=tuple(log))
+    if binaries(task.problem, compiled) <= MOST_BINARIES:
+        exact = milp(replace(task, starts=(found[0],) if found else ()))
+        log += exact.log
+        if exact.proven:
+            return replace(exact, log=tuple(log))
+        task = replace(task, starts=(*task.starts, exact.schedule) if exact.schedule else task.starts)
+    plainly = _Plainly(task)
+    answer = search(task, more_starts=plainly)
+    log += (*plainly.log, *answer.log)
     if not known:
         return replace(answer, log=tuple(log))
-    unit_s = task.problem.plain_time_s or 1.0
-    found = judge(task, [answer.schedule, *task.starts])
+    found = judge(task, [answer.schedule, *plainly.found, *task.starts])
     overhead = found[1].overhead if found else math.inf
     if overhead * unit_s > FAR * bound_s and not answer.stopped:
         bound_s = lift(compiled, task.budget_bytes, bound_s, overhead * unit_s, task.limit_s, task.deadline, log)
@@ -58,30 +65,32 @@ def auto(task: Task) -> Answer:
             f"extra time {format_percent(overhead, 2)}, no schedule below {format_percent(bound, 2)}, "
             f"gap {format_percent(overhead - bound, 2)}"
         )
-    proven = False
-    if overhead - bound > CLOSE and not answer.stopped and binaries(task.problem, compiled) <= MOST_BINARIES:
-        exact = milp(replace(task, starts=(found[0],) if found else ()))
-        log += exact.log
-        proven = exact.proven
-        bound = max(bound, exact.lower_bound_overhead)
-        found = judge(task, [found and found[0], exact.schedule])
-    return replace(answer, schedule=found and found[0], lower_bound_overhead=bound, proven=proven, log=tuple(log))
+    return replace(answer, schedule=found and found[0], lower_bound_overhead=bound, log=tuple(log))
 
 
-def _plainly(task: Task, log: list[str]) -> tuple[list[Schedule], bool]:
-    """What the search finds without any implementations, in half of the time that is left at most; and whether somebody
-    interrupted it."""
-    problem, kept = without_implementations(task.problem)
-    if len(kept) == len(task.problem.operators):
-        return [], False
-    if task.budget_bytes < least_possible_bytes(problem, compile_problem(problem)):
-        return [], False
-    now = time.monotonic()
-    alone = replace(task, problem=problem, starts=(), deadline=now + (task.deadline - now) / 2)
-    answer = search(alone, thorough=False)
-    log += (f"without implementations: {line}" for line in answer.log)
-    found = [] if answer.schedule is None else [Schedule(tuple(kept[p] for p in answer.schedule.steps))]
-    return found, answer.stopped and not alone.out_of_time
+class _Plainly:
+    """What the search finds without any implementations, in half of the time that is left at most, where that may be less than
+    what is known; and whether somebody interrupted it."""
+
+    def __init__(self, task: Task):
+        self.task, self.found, self.log = task, [], []
+
+    def __call__(self, enough_s: float) -> tuple[list[Schedule], bool]:
+        problem, kept = without_implementations(self.task.problem)
+        if len(kept) == len(self.task.problem.operators):
+            return [], False
+        compiled, budget_bytes, now = compile_problem(problem), self.task.budget_bytes, time.monotonic()
+        if budget_bytes < least_possible_bytes(problem, compiled):
+            return [], False
+        deadline = now + (self.task.deadline - now) / 2
+        bound_s = lower_bound(compiled, budget_bytes, deadline, self.log)
+        if bound_s >= enough_s:
+            return [], False
+        alone = replace(self.task, problem=problem, starts=(), deadline=deadline, bound_s=bound_s)
+        answer = search(alone, thorough=False)
+        self.log += answer.log
+        self.found += [] if answer.schedule is None else [Schedule(tuple(kept[p] for p in answer.schedule.steps))]
+        return self.found, answer.stopped and not alone.out_of_time
 
 
 def _peers(task: Task, compiled: Compiled, log: list[str]) -> list[Schedule]:

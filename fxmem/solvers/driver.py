@@ -16,7 +16,7 @@ from .minimum import LEAST_EFFORT_S, smallest_schedule
 from .stages import Compiled, compile_problem
 from .state import least_possible_bytes
 
-PROBES = 5
+PROBES = 8
 NEARLY = 5e-4
 
 

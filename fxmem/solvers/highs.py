@@ -5,7 +5,10 @@ Used directly rather than through cvxpy's own call, which takes no starting poin
 
 from __future__ import annotations
 
+import functools
 import math
+import os
+import sys
 import time
 from dataclasses import dataclass
 
@@ -75,10 +78,33 @@ def minimize(
         return Outcome(f"error: {error}", None, -math.inf)
 
 
-def _run(program: Program, left_s: float, most_nodes: int | None, start: np.ndarray | None, presolve: bool) -> Outcome:
-    import highspy  # here, so that a broken HiGHS costs a bound and not the import of the whole package
+@functools.cache
+def highspy():
+    """The module, imported where it is used, so that a broken HiGHS costs a bound and not the import of the whole package.
 
-    solver = highspy.Highs()
+    Its first solver prints a line about itself, whatever the options say (HiGHS 1.16 does so before it can be given any); it is
+    made here, where nobody sees that: standard output belongs to the caller.
+    """
+    import highspy as module
+
+    try:
+        kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    except OSError:
+        return module  # there is no standard output
+    if sys.stdout:
+        sys.stdout.flush()
+    os.dup2(nowhere, 1)
+    try:
+        module.Highs()
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
+    return module
+
+
+def _run(program: Program, left_s: float, most_nodes: int | None, start: np.ndarray | None, presolve: bool) -> Outcome:
+    solver = highspy().Highs()
     options = {  # no "threads": HiGHS keeps one scheduler for the process and fails where a later call asks for another number
         "output_flag": False,
         "mip_rel_gap": 1e-9,
@@ -93,25 +119,25 @@ def _run(program: Program, left_s: float, most_nodes: int | None, start: np.ndar
         options["mip_max_nodes"] = most_nodes
     for name, value in options.items():
         solver.setOptionValue(name, value)
-    if solver.passModel(_model(highspy, program)) == highspy.HighsStatus.kError:
+    if solver.passModel(_model(program)) == highspy().HighsStatus.kError:
         return Outcome("error: HiGHS refused the program", None, -math.inf)
     if start is not None:
-        solution = highspy.HighsSolution()
+        solution = highspy().HighsSolution()
         solution.col_value = [float(v) for v in start]
         solver.setSolution(solution)
     solver.run()
     return _outcome(solver, bool(program.integer.any()))
 
 
-def _model(highspy, program: Program):
-    lp = highspy.HighsLp()
+def _model(program: Program):
+    lp = highspy().HighsLp()
     lp.num_col_, lp.num_row_ = len(program.cost), len(program.row_upper)
     lp.col_cost_, lp.col_lower_, lp.col_upper_ = program.cost, program.lower, program.upper
     lp.row_lower_, lp.row_upper_ = program.row_lower, program.row_upper
-    lp.a_matrix_.format_ = highspy.MatrixFormat.kRowwise
+    lp.a_matrix_.format_ = highspy().MatrixFormat.kRowwise
     lp.a_matrix_.start_, lp.a_matrix_.index_, lp.a_matrix_.value_ = program.starts, program.columns, program.values
     if program.integer.any():
-        kinds = highspy.HighsVarType
+        kinds = highspy().HighsVarType
         lp.integrality_ = [kinds.kInteger if i else kinds.kContinuous for i in program.integer]
     return lp
 

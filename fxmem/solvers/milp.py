@@ -25,7 +25,7 @@ from ..problem import Problem
 from ..schedule import simulate
 from . import milp_model
 from .base import Answer, Task, judge, register_solver
-from .highs import DOUBLETON_EQUATIONS
+from .highs import DOUBLETON_EQUATIONS, highspy
 from .stages import Compiled, compile_problem
 
 MOST_NODES = 4_000
@@ -101,6 +101,7 @@ def _solve(task: Task, compiled: Compiled, budget_bytes: int, most_overhead: flo
     try:
         with warnings.catch_warnings():  # of a limit that was met: the status tells
             warnings.simplefilter("ignore", UserWarning)
+            highspy()  # in silence, before cvxpy does
             program.solve(solver=cp.HIGHS, **options)
     except Exception as error:  # whatever happens inside of a solver, the caller goes on with other plans
         return f"{FAILED}: {error}", None, 0.0

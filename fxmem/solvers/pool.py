@@ -7,6 +7,7 @@ if the second process fails, its runs are made here.
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 import subprocess
@@ -18,6 +19,8 @@ from pathlib import Path
 
 from .annealing import Incumbent, Run, anneal
 from .base import Progress
+
+log = logging.getLogger(__name__)
 
 WORTHWHILE_S = 3.0  # the second process takes a few seconds to start
 MOVE_STAGE_S = 2e-6  # seconds of one move, for each stage of the backward
@@ -58,6 +61,7 @@ class Pool:
             for incumbent in here:
                 incumbent.stopped = True
         if len(returned) != len(away):
+            log.debug("the second process did not answer; its runs are made in this one")
             self._stop()
             returned = [] if interrupted else _anneal_all(away, deadline, progress)
         if not returned:
@@ -109,6 +113,7 @@ def _anneal_all(runs: Sequence[Run], deadline: float, progress: Progress | None 
 def serve() -> None:
     """The second process: lists of runs with the seconds left for them come in, lists of incumbents go out, until the end."""
     source, sink = sys.stdin.buffer, os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what libraries print must not come between the pickles
     while True:
         try:
             runs, left_s = pickle.load(source)

@@ -4,20 +4,21 @@ The advice of the linear relaxation (see `bound`) seldom fits, by itself or in s
 good, and on thousands of operators that is as good as it gets. On a smaller graph annealing finds better
 patterns; one seed's result varies by a percentage point, so it begins from the advice several times, once hot and mostly
 cool, and then reheats the best so far. Each of its runs ends with packing.
-Where nothing fits even so, runs that weigh bytes above all look for the least peak (see `minimum`). Every schedule is judged
-by `simulate`; should it see more bytes than the incremental evaluation did, the budget shrinks by the difference.
+Where packing meets the bound, nothing is left to search for. Where nothing fits even so, runs that weigh bytes above all look
+for the least peak (see `minimum`). Every schedule is judged by `simulate`; should it see more bytes than the incremental
+evaluation did, the budget shrinks by the difference.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from operator import or_
 from typing import NamedTuple
 
-from ..schedule import simulate
+from ..schedule import Schedule, simulate
 from ..units import format_percent
 from .annealing import Incumbent, Run
 from .base import Answer, Task, register_solver
@@ -25,7 +26,7 @@ from .bound import hint
 from .pool import Pool
 from .segments import equal_segments, starting_states
 from .stages import Compiled, compile_problem
-from .state import State
+from .state import State, desires
 
 MOVES_X_STAGES, LEAST_MOVES, MOST_MOVES = 1_000_000, 2_000, 8_000
 SEEDS = 2  # of a later round: one for each of two processes
@@ -39,6 +40,7 @@ MOST_ROUNDS = 12
 SENSIBLE = 4.0  # times the extra time of the advice in segments: advice that can be taken as it is
 NOT_FAR = 1.5  # times the best extra time: a start that is worth packing
 NEAR = 0.05  # over the bound: one more round is enough
+SETTLED = 1e-4  # of a step over the bound: nothing to be had by searching
 WORTHWHILE = 5e-3  # of the extra time: a round that saves less is idle
 IDLE_ROUNDS_S = 60.0  # of the time limit that allow one idle round: who gives ten minutes gets ten rounds beyond the best
 SQUEEZE_WEIGHT = 10.0  # what a byte too many weighs when only bytes matter
@@ -47,15 +49,16 @@ ATTEMPTS = 3
 
 
 @register_solver("search")
-def search(task: Task, thorough: bool = True) -> Answer:
+def search(task: Task, thorough: bool = True, more_starts: MoreStarts | None = None) -> Answer:
     """Rounds of annealing; no schedule where nothing that fits was met.
 
-    thorough: as many as are worth it, and where nothing fits, looking for the least peak; otherwise one.
+    thorough: as many as are worth it, and where nothing fits, looking for the least peak; otherwise one. more_starts: asked for
+    further schedules to begin from, where packing the advice and the task's own has not met the bound.
     """
     compiled, budget_bytes, log = compile_problem(task.problem), task.budget_bytes, []
     for _ in range(ATTEMPTS):
         with Pool(len(compiled.stages)) as pool:
-            best = _rounds(task, compiled, budget_bytes, pool, log, thorough)
+            best = _rounds(task, compiled, budget_bytes, pool, log, thorough, more_starts)
         if best.desired is None:
             smallest = State(compiled, budget_bytes, list(best.smallest)).schedule()
             return Answer(None, stopped=best.stopped, log=tuple(log), smallest=smallest if thorough else None)
@@ -81,6 +84,10 @@ def first_states(task: Task, compiled: Compiled, budget_bytes: int) -> Incumbent
         state.reset(list(desired), budget_bytes)
         best.offer(state)
     return best
+
+
+# Given the least extra time so far, in seconds: schedules, and whether somebody interrupted the making of them.
+MoreStarts = Callable[[float], tuple[list[Schedule], bool]]
 
 
 class Advice(NamedTuple):
@@ -129,13 +136,25 @@ def better(incumbents: list[Incumbent]) -> Incumbent:
     return Incumbent(cheapest.desired, cheapest.time_s, smallest.smallest, smallest.smallest_bytes, stopped)
 
 
-def _rounds(task: Task, compiled: Compiled, budget_bytes: int, pool: Pool, log: list[str], thorough: bool) -> Incumbent:
+def _rounds(
+    task: Task,
+    compiled: Compiled,
+    budget_bytes: int,
+    pool: Pool,
+    log: list[str],
+    thorough: bool,
+    more_starts: MoreStarts | None,
+) -> Incumbent:
     """Packing, a round from the relaxation's advice, then rounds from the best so far."""
     advised = advised_states(task, compiled, budget_bytes)
     fresh = Run(
         task.problem, budget_bytes, advised[-1].desired, effort(compiled), 0
     )  # the advice as it is, where it is sensible
     best = _packed(task, fresh, advised, first_states(task, compiled, budget_bytes), pool, log)
+    if more_starts and not best.stopped and not _is_settled(task, best):
+        best = _packed_too(task, fresh, best, more_starts(best.time_s), pool, log)
+    if best.stopped or _is_settled(task, best):
+        return best
     runs, patience = _worthwhile(task, fresh, best, thorough)
     if runs:
         best = better([best, _round(task, runs, pool, log)])
@@ -160,6 +179,27 @@ def _packed(task: Task, fresh: Run, advised: list[Advice], first: Incumbent, poo
         best = better([best, *packed])
     log.append("search: packed " + ", ".join(_in_percent(task, i) for i in packed))
     return best
+
+
+def _packed_too(
+    task: Task, fresh: Run, best: Incumbent, starts: tuple[list[Schedule], bool], pool: Pool, log: list[str]
+) -> Incumbent:
+    """The best so far, or of some schedules, as they are and packed."""
+    schedules, interrupted = starts
+    compiled, own = compile_problem(task.problem), Incumbent(stopped=interrupted)
+    for schedule in schedules:
+        own.offer(State(compiled, fresh.budget_bytes, desires(compiled, schedule)))
+    best = better([best, own])
+    if not schedules or interrupted or own.time_s > best.time_s * NOT_FAR:
+        return best
+    packed = pool.run_all(_packs(fresh, [own.desired or own.smallest]), task.deadline, task.progress)
+    log.append("search: packed " + ", ".join(_in_percent(task, i) for i in packed))
+    return better([best, *packed])
+
+
+def _is_settled(task: Task, best: Incumbent) -> bool:
+    """Whether what was found is as good as the bound."""
+    return best.desired is not None and best.time_s <= task.bound_s + SETTLED * task.problem.plain_time_s
 
 
 def _worthwhile(task: Task, fresh: Run, best: Incumbent, thorough: bool) -> tuple[list[Run], int]:
