@@ -1,8 +1,17 @@
-"""Keeps the suite light: one thread, and PyTorch's structured trace out of what pytest records."""
+"""Keeps the suite light: one thread, PyTorch's structured trace out of what pytest records, imports out of what is garbage."""
 
+import gc
 import logging
 
+import pytest
 import torch
 
 torch.set_num_threads(1)
 logging.getLogger("torch.__trace").addFilter(lambda record: False)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def what_is_imported_is_no_garbage():
+    """Each measurement collects garbage first, and to look through all of PyTorch for it takes longer than most steps."""
+    gc.collect()
+    gc.freeze()
