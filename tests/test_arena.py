@@ -1,6 +1,7 @@
 """Steps in an arena: bitwise the plain module's, also with poison in what is dead; when arenas are made, lent and let go."""
 
 import copy
+import functools
 import io
 import pickle
 import re
@@ -20,6 +21,7 @@ from fxmem.errors import ArenaError
 from fxmem.passes import place_in_arena
 
 IMAGES = (torch.randn(2, 3, 16, 16),)
+IDS = (torch.arange(24).reshape(2, 12),)
 
 
 @pytest.fixture(autouse=True)
@@ -28,10 +30,16 @@ def small_buffers_too(monkeypatch):
     monkeypatch.setattr(place_in_arena, "LEAST_BYTES", 1)
 
 
-def planned_pair(make=ConvNet, args=IMAGES, **options):
+def planned_pair(make=ConvNet, args=IMAGES, budget=None):
+    """A plain module and a planned copy of it, with an arena."""
+    return copy.deepcopy(_planned(make, budget, *args))
+
+
+@functools.cache
+def _planned(make, budget, *args):
     torch.manual_seed(0)
     module = make()
-    return copy.deepcopy(module), transform(module, args, arena=True, **{"budget": None} | options)
+    return copy.deepcopy(module), transform(module, args, arena=True, budget=budget)
 
 
 CASES = (
@@ -90,7 +98,7 @@ def test_without_an_arena_nothing_changes():
 
 
 def test_the_code_says_where():
-    _, planned = planned_pair(Transformer, (torch.arange(24).reshape(2, 12),))
+    _, planned = planned_pair(Transformer, IDS)
     code = "".join(r.forward_graph.code + r.backward_graph.code for r in planned.regions)
     lines = re.findall(r"# bytes ([\d,]+) to ([\d,]+)[^\n]* of the arena\n\s*(\w+) = arena\.write\('(\w+)', torch\.ops\.", code)
     written = {p.offset for p in planned.plan.arena.inside}
@@ -277,7 +285,7 @@ def test_a_given_plan_is_placed_anew(tmp_path):
 
 INFERENCE = {
     "convolutions": (ConvNet, IMAGES),
-    "transformer": (Transformer, (torch.arange(24).reshape(2, 12),)),
+    "transformer": (Transformer, IDS),
     "skips": (UNet, IMAGES),
 }
 
