@@ -134,7 +134,7 @@ def test_least_peak_within_a_given_extra_time():
 
 
 def test_the_frontier_is_monotone_from_plain_to_least():
-    problem = chain(7)
+    problem = chain(6)
     curve = frontier(problem, 5)
     peaks = [s.timeline.peak_bytes for s in curve]
     overheads = [s.timeline.overhead for s in curve]
