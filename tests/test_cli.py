@@ -12,6 +12,7 @@ import torch
 
 import fxmem
 from benchmarks.report import ROOT
+from fxmem import demo
 from fxmem.__main__ import main
 from fxmem.commands import parse_input
 from fxmem.errors import MissingExtraError
@@ -46,8 +47,9 @@ def test_usage_errors(arguments, capsys):
     assert exit_.value.code == 2 and "usage: fxmem" in capsys.readouterr().err
 
 
-def test_demo(capsys):
+def test_demo(capsys, monkeypatch):
     """Dropout, real data, two optimizers: equal to the last bit; nothing but the account without a terminal."""
+    monkeypatch.setattr(demo, "SOLVER_SECONDS", 1.0)
     assert main(["demo", "--model", "squeezenet1_1", "--budget", "min", "--steps", "2", "--batch", "4"]) == 0
     shown = capsys.readouterr().out
     assert "All 2 losses, and all 52 parameters and buffers after them, are bitwise equal." in " ".join(shown.split())
