@@ -5,15 +5,15 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from .budget import Budget, parse_budget
-from .capture import example_inputs_of
+from .budget import Budget, check_time_limit, parse_budget
+from .capture import check_inputs, example_inputs_of
 from .codegen.assemble import assemble
 from .codegen.calls import canonical_call
 from .codegen.partition import partition
@@ -156,8 +156,9 @@ def frontier(
     peers: names of other solvers whose plans within the same budgets are to stand beside them; one that is better, where time
         was short, takes the place of a Plan. Otherwise as for `plan`.
     """
-    if points < 1:
+    if not isinstance(points, int) or points < 1:
         raise BudgetError(f"points={points!r} was given; a frontier has one point or more")
+    check_time_limit(time_limit_s)
     for name in peers:
         find_solver(name)
     module, args, kwargs = _example_call(module, example_inputs, example_kwargs)
@@ -199,6 +200,12 @@ def plans(
     Smaller budgets are solved first and start the larger ones, so that a larger budget never costs more extra time. A budget
     that cannot be met has its InfeasibleBudgetError in place of a Plan. time_limit_s: for each. Otherwise as for `plan`.
     """
+    if isinstance(budgets, str) or not isinstance(budgets, Iterable):
+        raise BudgetError(f"budgets={budgets!r} was given; give several, as in budgets=(0.7, 0.5)")
+    if isinstance(costs, str) or not isinstance(costs, Iterable):
+        raise CostError(f'costs={costs!r} was given; give several, as in costs=("P100", "H100")')
+    find_solver(solver)
+    check_time_limit(time_limit_s)
     wanted = {budget: parse_budget(budget) for budget in budgets}
     module, args, kwargs = _example_call(module, example_inputs, example_kwargs)
     if not costs:
@@ -234,16 +241,21 @@ def _example_call(
         module = module.source
     if not isinstance(module, nn.Module):
         raise CaptureError(f"fxmem transforms torch.nn.Module objects; a {type(module).__name__} was given")
+    if isinstance(module, torch.jit.ScriptModule):
+        raise CaptureError("TorchScript modules hold no Python to trace: transform the module that this one was made from")
     inner = next((name for name, m in module.named_modules() if isinstance(m, PlannedModule)), None)
     if inner is not None:
         raise CaptureError(
             f"submodule {inner!r} is a planned module already: transform the whole with its plain module (its `source`)"
         )
+    if not (kwargs is None or isinstance(kwargs, Mapping)):
+        raise CaptureError(f"example_kwargs is a {type(kwargs).__name__}; give a dict of the module's keyword arguments")
     if args is None and not kwargs:
         args = example_inputs_of(module)
     if isinstance(args, torch.Tensor):
         raise CaptureError("example_inputs is a tensor; give a tuple of the module's arguments, as in example_inputs=(x,)")
     try:
+        check_inputs(tuple(args or ()), kwargs or {})
         return module, *canonical_call(module, tuple(args or ()), kwargs or {})
     except TypeError as error:
         raise CaptureError(f"the example inputs do not fit {type(module).__name__}.forward: {error}") from error

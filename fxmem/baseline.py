@@ -18,7 +18,7 @@ from torch import nn
 from .errors import MeasureError
 from .fake_kernels import FakeCopies, FakeTensorMode
 from .measuring import backward_roots
-from .torch_internals import TorchDispatchMode, pytree
+from .torch_internals import TorchDispatchMode, captured_checkpoints, pytree
 
 KINDS = ("parameter", "buffer", "input", "activation", "gradient", "workspace")
 Workspace = Callable[[Any, tuple, dict, Any], int]
@@ -84,7 +84,7 @@ def _run(
     module: nn.Module, state: dict, inputs: tuple, given: list | None, ledger: _Ledger, roots_of: Callable
 ) -> EagerTimeline:
     """Forward and backward under the ledger's eyes; the outputs that the backward starts from live to the end."""
-    with ledger:
+    with ledger, captured_checkpoints():
         outputs = torch.func.functional_call(module, state, *inputs)
         ledger.begin_backward()
         if not torch.is_grad_enabled():

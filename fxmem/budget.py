@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from numbers import Integral, Real
+from typing import Any
 
 from .errors import BudgetError
 
@@ -77,10 +78,16 @@ def _parse_text(text: str) -> Budget:
     if text.strip().lower() == "min":
         return Budget(least=True)
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?b)\s*", text, re.IGNORECASE)
-    size_bytes = int(float(match[1]) * UNITS[match[2].upper()]) if match and match[2].upper() in UNITS else 0
-    if size_bytes <= 0:
+    size_bytes = float(match[1]) * UNITS[match[2].upper()] if match and match[2].upper() in UNITS else 0.0
+    if not 1 <= size_bytes < float("inf"):
         raise _refusal(f"budget={text!r} was given")
-    return Budget(size_bytes=size_bytes)
+    return Budget(size_bytes=int(size_bytes))
+
+
+def check_time_limit(time_limit_s: Any) -> None:
+    """Raise BudgetError for a time limit that is no number of seconds."""
+    if isinstance(time_limit_s, bool) or not isinstance(time_limit_s, Real) or not time_limit_s >= 0:
+        raise BudgetError(f"time_limit_s={time_limit_s!r} was given; it must be a number of seconds, zero or more")
 
 
 def _refusal(given: str) -> BudgetError:

@@ -58,6 +58,7 @@ class Capture:
     attached: indices of all output leaves that autograd would connect to the parameters or inputs.
     constants: tensors that the graph reads but no parameter or buffer names, by the name that their role carries.
     fixed_outputs: output leaves that are no tensors, by their index.
+    read: paths of the module's attributes that the graph holds as constants (none of a GraphModule's).
     torch_level, call: the torch-level graph that was traced, and the (args, kwargs) of fake tensors that it was called with.
     """
 
@@ -68,6 +69,7 @@ class Capture:
     attached: tuple[int, ...]
     constants: Mapping[str, torch.Tensor]
     fixed_outputs: Mapping[int, Any]
+    read: tuple[str, ...]
     torch_level: fx.GraphModule
     call: tuple[tuple, dict[str, Any]]
 
@@ -93,13 +95,14 @@ def capture(
         module, args, kwargs = on_fake_tensors(module, args, kwargs)
         names, input_names = _names(module), _input_names(module, args, kwargs)
         in_spec = pytree.tree_structure((args, kwargs))
-        graph_module, args, kwargs = _torch_level(module, args, kwargs)
+        graph_module, read, args, kwargs = _torch_level(module, args, kwargs)
         _add_unused_state(graph_module, module)
         values = _output_values(graph_module, args, kwargs)
         differentiated, attached = _detach_outputs(graph_module, values, output_gradients, inference)
         joint, out_spec = _aot(graph_module, args, kwargs)
     constants, fixed_outputs = assign_roles(joint, graph_module, names, input_names, differentiated)
-    return Capture(joint, in_spec, out_spec, differentiated, attached, constants, fixed_outputs, graph_module, (args, kwargs))
+    torch_level = graph_module, (args, kwargs)
+    return Capture(joint, in_spec, out_spec, differentiated, attached, constants, fixed_outputs, read, *torch_level)
 
 
 def example_inputs_of(graph_module: nn.Module) -> tuple[torch.Tensor, ...]:
@@ -140,6 +143,14 @@ def _check_state(module: nn.Module) -> None:
     lazy = next((name for name, t in (*module.named_parameters(), *module.named_buffers()) if is_lazy(t)), None)
     if lazy is not None:
         raise CaptureError(f"{lazy!r} is not initialized yet: call the module once, so that its lazy layers learn their shapes")
+
+
+def check_inputs(args: tuple, kwargs: Mapping[str, Any]) -> None:
+    """Refuse what is no dense tensor."""
+    for path, leaf in pytree.tree_leaves_with_path((args, dict(kwargs))):
+        if isinstance(leaf, torch.Tensor) and (leaf.layout is not torch.strided or leaf.is_nested):
+            kind = "nested" if leaf.is_nested else str(leaf.layout)
+            raise CaptureError(f"input {pytree.keystr(path)} is a {kind} tensor; fxmem plans dense ones: make it one first")
 
 
 def _check_devices(module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -212,20 +223,21 @@ def _input_names(module: nn.Module, args: tuple, kwargs: dict) -> list[str]:
     ]
 
 
-def _torch_level(module: nn.Module, args: tuple, kwargs: dict) -> tuple[fx.GraphModule, tuple, dict]:
-    """One torch-level GraphModule to trace, ours to change, and the arguments to call it with."""
+def _torch_level(module: nn.Module, args: tuple, kwargs: dict) -> tuple[fx.GraphModule, tuple[str, ...], tuple, dict]:
+    """One torch-level GraphModule to trace, ours to change, which attributes it holds as constants, and the arguments to call
+    it with."""
     if isinstance(module, fx.GraphModule):
         _check_recurrent(module)
         copied = fx.GraphModule(module, copy.deepcopy(module.graph))
         if kwargs and type(module.graph._codegen) is fx.graph.CodeGen:
             bound = inspect.signature(module.forward).bind(*args, **kwargs)
             bound.apply_defaults()
-            return copied, bound.args, {}
-        return copied, args, kwargs
+            return copied, (), bound.args, {}
+        return copied, (), args, kwargs
     with _refusing(module):
-        traced, assignments = dynamo_graph(module, args, kwargs)
+        traced, assignments, read = dynamo_graph(module, args, kwargs)
     _check_assignments(module, traced, assignments)
-    return traced, args, kwargs
+    return traced, read, args, kwargs
 
 
 def _add_unused_state(graph_module: fx.GraphModule, module: nn.Module) -> None:
@@ -349,7 +361,7 @@ def _choose_differentiated(attached: dict[int, torch.Tensor], wanted: str | Sequ
             f'output_gradients={wanted!r}: allowed are None, "all", or indices among {tuple(attached)}, the '
             "output leaves that need gradients"
         )
-    return tuple(sorted(wanted))
+    return tuple(sorted(set(wanted)))
 
 
 def _output_values(graph_module: fx.GraphModule, args: tuple, kwargs: dict) -> list[Any]:

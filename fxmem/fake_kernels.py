@@ -9,6 +9,7 @@ real ones.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,6 +20,10 @@ from .torch_internals import FakeTensor, TorchFakeTensorMode, dense_strides, pyt
 
 aten = torch.ops.aten
 CPU = torch.device("cpu")
+# Their kernels write the loss of each element to where the mean or sum then stands, whose storage stays as large.
+LOSSES = {
+    aten.mse_loss.default, aten.smooth_l1_loss.default, aten.binary_cross_entropy.default, aten.soft_margin_loss.default,
+}  # fmt: skip
 
 
 class FakeTensorMode(TorchFakeTensorMode):
@@ -31,6 +36,8 @@ class FakeTensorMode(TorchFakeTensorMode):
         made = super().dispatch(func, types, taken, kwargs)
         if func is aten.col2im.default:
             return self._shrunk(made, args[0].numel())
+        if func in LOSSES and not made.dim():
+            return self._shrunk(made, math.prod(torch.broadcast_shapes(args[0].shape, args[1].shape)))
         if func is aten._embedding_bag.default:
             result, bag_of, bag_sizes, *rest = made
             longer = bag_of.numel() and bag_of.numel() + 1  # it is made with one more, which is then cut off

@@ -70,7 +70,7 @@ def measure(
 
     Raises MeasureError where no output requires grad, the tensors lie on several devices, or repeats is less than one.
     """
-    if repeats < 1 or warmup < 0:
+    if not (isinstance(repeats, int) and isinstance(warmup, int)) or repeats < 1 or warmup < 0:
         raise MeasureError(f"repeats={repeats} and warmup={warmup}; need at least one repeat and no negative warm-up")
     step = _Step(module, example_inputs, example_kwargs or {}, output_gradients)
     with _state_kept(module, step.device):
@@ -121,6 +121,10 @@ class _Step:
     """A training step of one module on given inputs, that can be run again and again."""
 
     def __init__(self, module: nn.Module, args: tuple, kwargs: dict, output_gradients: Iterable[torch.Tensor] | None):
+        if not isinstance(module, nn.Module):
+            raise MeasureError(f"a training step is one of a torch.nn.Module; a {type(module).__name__} was given")
+        if isinstance(args, torch.Tensor):
+            raise MeasureError("example_inputs is a tensor; give a tuple of the module's arguments, as in example_inputs=(x,)")
         self.module = module
         self.args, self.kwargs = _own_leaves((args, kwargs))
         self.inputs = [t for t in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(t, torch.Tensor)]

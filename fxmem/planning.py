@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .budget import Budget
+from .budget import Budget, check_time_limit
 from .cost import CostModel
 from .decisions import Plan
 from .errors import BudgetError, PlanError
@@ -41,6 +41,9 @@ def decide(
 ) -> tuple[Prepared, Plan]:
     """The plan for a question: the given one, one from the cache, or one that is solved for now; and the program it is of."""
     find_solver(question.solver)
+    check_time_limit(question.time_limit_s)
+    if not (cache_dir is None or isinstance(cache_dir, str | os.PathLike)):
+        raise PlanError(f"cache_dir={cache_dir!r} was given; it is the path of a folder")
     if given is None and cache_dir is None:
         prepared = prepare(module, args, kwargs, question.cost, **question.graph_options)
         return solve_for(prepared, question.budget, question.solver, question.time_limit_s)

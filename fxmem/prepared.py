@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -17,6 +17,7 @@ from .budget import Budget
 from .capture import Capture, capture
 from .cost import CostModel, cost_model, workspace_of
 from .decisions import Origin, Plan
+from .errors import CaptureError
 from .lowering import Lowered, lower
 from .order import Order
 from .passes import (
@@ -130,6 +131,8 @@ def prepare(
     everywhere: bool = False,
 ) -> Prepared:
     """Capture a module and run every pass that needs no budget. everywhere: see `OfferImplementations`."""
+    if not (output_gradients is None or isinstance(output_gradients, Iterable)):
+        raise CaptureError(f'output_gradients={output_gradients!r}: allowed are None, "all", or indices, as in (0,)')
     offer = OfferImplementations(implementations, exactness, everywhere)
     rewrite, rewrite_backward = (RewriteParts(implementations, exactness, forward) for forward in (True, False))
     started = time.perf_counter()

@@ -63,6 +63,8 @@ def write_whole(path: str | os.PathLike, content: bytes) -> None:
 
 def load_plan(path: str | os.PathLike) -> Plan:
     """Read a plan that `save_plan` wrote. Raises PlanError for a file that is none, is not whole, or is another version's."""
+    if not isinstance(path, str | os.PathLike):
+        raise PlanError(f"path={path!r} was given; it is the path of a file that Plan.save wrote")
     try:
         data = json.loads(pathlib.Path(path).read_text())
     except OSError as error:

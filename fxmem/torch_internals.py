@@ -2,6 +2,7 @@
 
 joint_graph         AOTAutograd's joint graph with descriptors        torch._functorch.aot_autograd, torch._ops
 dynamo_graph        one torch-level graph of any nn.Module            torch._dynamo.functional_export, .side_effects
+attribute_at        what a path names that a guard of Dynamo's holds  torch._dynamo.guards
 what the joint graph's placeholders and outputs mean                  torch._functorch._aot_autograd.descriptors
 pytree                                                                torch.utils._pytree
 OpOverload          what an operator of the dispatcher is             torch._ops
@@ -13,12 +14,14 @@ TorchDispatchMode, and real tensors inside such modes (real_tensors)   torch.uti
 storage_key, suggested_format, dense_strides, is_dense, gradient_layout, fills_its_storage   layouts    torch._prims_common
 convolution_backend, convolution_backends   which kernels run a convolution                torch._C
 spec_children, spec_to_data, spec_from_data, rename_node              torch.utils._pytree, torch.fx.Node
+captured_checkpoints   captured checkpoints, run eagerly              torch.utils.checkpoint, as captured graphs call it
 memory_viz          from memory snapshots to text and pages           torch.cuda._memory_viz
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import re
@@ -32,6 +35,7 @@ from unittest import mock
 import torch
 import torch._prims_common
 import torch.utils._pytree as pytree
+import torch.utils.checkpoint
 from torch import fx, nn
 from torch._C import DispatchKey
 from torch._dynamo import config as dynamo_config
@@ -55,6 +59,10 @@ DECOMPOSED = (
 )  # fmt: skip
 
 
+STEP = re.compile(r"\.(\w+)|\['([^']*)'\]|\[(\d+)\]")  # of a path as Dynamo writes it: an attribute, a key or an index
+PATH = re.compile(f"(?:{STEP.pattern})+")
+
+
 @dataclass(frozen=True)
 class Assignment:
     """State of the module that its own Python code changes while it runs, which no graph of tensors holds.
@@ -70,21 +78,50 @@ class Assignment:
     where: str
 
 
-def dynamo_graph(module: nn.Module, args: tuple, kwargs: dict) -> tuple[fx.GraphModule, list[Assignment]]:
-    """One torch-level graph of `module` as Dynamo sees it (static shapes, no graph break allowed), and what it leaves out."""
+def dynamo_graph(module: nn.Module, args: tuple, kwargs: dict) -> tuple[fx.GraphModule, list[Assignment], tuple[str, ...]]:
+    """One torch-level graph of `module` as Dynamo sees it (static shapes, no graph break allowed), what it leaves out, and
+    which of the module's attributes it holds as constants (see `attribute_at`)."""
     from torch._dynamo.functional_export import _dynamo_graph_capture_for_export
 
     _register_cache_outputs()
     found: dict[Assignment, None] = {}
+    read: dict[str, None] = {}
     codegen = SideEffects.codegen_update_mutated
 
     def spy(effects: SideEffects, *spy_args: Any, **spy_kwargs: Any) -> None:
         found.update(dict.fromkeys(_assignments(effects)))
+        read.update(dict.fromkeys(_constants_read(effects)))
         codegen(effects, *spy_args, **spy_kwargs)
 
     config = dynamo_config.patch(automatic_dynamic_shapes=False, assume_static_by_default=True)
     with config, mock.patch.object(SideEffects, "codegen_update_mutated", spy):
-        return _dynamo_graph_capture_for_export(module)(*args, **kwargs), list(found)
+        return _dynamo_graph_capture_for_export(module)(*args, **kwargs), list(found), tuple(sorted(read))
+
+
+def _constants_read(effects: SideEffects) -> Iterator[str]:
+    """The numbers, texts and flags, on the traced module and in what hangs on it, that Dynamo read and made constants of: as
+    paths from the module, "._modules['0'].scale" or ".config.sizes[1]"."""
+    graph = effects.output_graph_weakref()
+    for guard in graph.guards if graph else ():
+        path = guard.name.removeprefix("L['self']._modules['_export_root']")
+        if guard.create_fn_name() == "CONSTANT_MATCH" and path != guard.name and PATH.fullmatch(path):
+            yield path
+
+
+def attribute_at(module: nn.Module, path: str) -> Any:
+    """What stands at such a path from a module; None where nothing does any more."""
+    found: Any = module
+    try:
+        for name, key in _steps(path):
+            found = found[key] if name is None else getattr(found, name)
+    except (AttributeError, KeyError, IndexError, TypeError):
+        return None
+    return found
+
+
+@functools.cache
+def _steps(path: str) -> tuple[tuple[str | None, str | int | None], ...]:
+    return tuple((name or None, int(index) if index else key) for name, key, index in STEP.findall(path))
 
 
 def _assignments(effects: SideEffects) -> Iterator[Assignment]:
@@ -122,6 +159,26 @@ def _is_written_in_place(value: Any) -> bool:
         return True
     before = (n.meta.get("example_value") for n in node.graph.nodes if n.op in ("placeholder", "get_attr"))
     return any(node.meta.get("example_value") is tensor for tensor in before)
+
+
+@contextlib.contextmanager
+def captured_checkpoints() -> Iterator[None]:
+    """Let a captured `torch.utils.checkpoint` run eagerly where it writes buffers (a batch norm's statistics). Capture makes
+    arguments of them, and with arguments that have moved a checkpoint refuses to run again; here they are no arguments."""
+    checkpoint = torch.utils.checkpoint.checkpoint
+
+    def run(function: Callable, *args: Any, **kwargs: Any) -> Any:
+        needed = [isinstance(a, torch.Tensor) and a.requires_grad for a in args]
+        others = [None if given else a for a, given in zip(args, needed, strict=True)]
+
+        def of_needed(*some: Any) -> Any:
+            left = iter(some)
+            return function(*(next(left) if given else other for other, given in zip(others, needed, strict=True)))
+
+        return checkpoint(of_needed, *(a for a, given in zip(args, needed, strict=True) if given), **kwargs)
+
+    with mock.patch.object(torch.utils.checkpoint, "checkpoint", run):
+        yield
 
 
 def _register_cache_outputs() -> None:

@@ -163,6 +163,7 @@ def refused(module, error, *says):
 
 
 BUDGETS = [
+    "9" * 400 + "GB",
     "4 gigs",
     "",
     "12",
@@ -322,6 +323,40 @@ def test_inputs_that_do_not_fit(args, kwargs, says):
         fxmem.plan(module, args, kwargs)
 
 
+KINDS = [torch.eye(4, 8).to_sparse(), torch.nested.nested_tensor([torch.ones(2, 8), torch.ones(3, 8)])]
+
+
+@pytest.mark.parametrize("given", KINDS, ids=["sparse", "nested"])
+def test_inputs_that_are_not_dense(given):
+    with refused(module := TwoHeads(), fxmem.CaptureError, "dense"):
+        transform(module, (given,))
+
+
+@pytest.mark.parametrize("given", [X[0], [X[0]], 3])
+def test_keyword_inputs_that_are_no_dict(given):
+    with refused(module := TwoHeads(), fxmem.CaptureError, "example_kwargs", "dict"):
+        transform(module, None, given)
+
+
+@pytest.mark.parametrize("make", [torch.jit.script, lambda module: torch.jit.trace(module, X)])
+def test_torchscript(make):
+    with pytest.raises(fxmem.CaptureError, match="the module that this one was made from"):
+        transform(make(nn.Linear(8, 8)), X)
+
+
+@pytest.mark.parametrize(("options", "error"), [({"budgets": 0.5}, "budgets=0.5"), ({"budgets": "min"}, "budgets='min'"),
+                                               ({"budgets": (0.9,), "costs": "H100"}, "costs='H100'")])  # fmt: skip
+def test_one_budget_where_several_are_asked_for(options, error):
+    with refused(module := TwoHeads(), fxmem.FxmemError, error, "several"):
+        fxmem.plans(module, X, **options)
+
+
+@pytest.mark.parametrize(("module", "args"), [(None, X), (TwoHeads(), X[0])])
+def test_measuring_what_is_no_call(module, args):
+    with pytest.raises(fxmem.MeasureError, match="torch.nn.Module|example_inputs=\\(x,\\)"):
+        fxmem.measure(module, args)
+
+
 @pytest.mark.parametrize("given", [None, 3, TwoHeads, lambda x: x])
 def test_no_module(given):
     with pytest.raises(fxmem.CaptureError, match="torch.nn.Module"):
@@ -365,6 +400,13 @@ NAMES = [
     ({"output_gradients": "some"}, fxmem.CaptureError, ("'some'", '"all"')),
     ({"output_gradients": [7]}, fxmem.CaptureError, ("7",)),
     ({"output_gradients": []}, fxmem.CaptureError, ("[]",)),
+    ({"output_gradients": 3}, fxmem.CaptureError, ("=3", '"all"')),
+    ({"solver": ["auto"]}, fxmem.FxmemError, ("['auto']", "auto")),
+    ({"time_limit_s": "5"}, fxmem.BudgetError, ("time_limit_s='5'", "seconds")),
+    ({"time_limit_s": None}, fxmem.BudgetError, ("time_limit_s=None", "seconds")),
+    ({"time_limit_s": math.nan}, fxmem.BudgetError, ("time_limit_s=nan", "seconds")),
+    ({"time_limit_s": -1}, fxmem.BudgetError, ("time_limit_s=-1", "seconds")),
+    ({"cache_dir": 3}, fxmem.PlanError, ("cache_dir=3", "folder")),
 ]
 
 
@@ -374,7 +416,7 @@ def test_names_that_do_not_exist(options, error, says):
         fxmem.plan(module, X, **{"budget": 0.99} | options)
 
 
-@pytest.mark.parametrize("points", [0, -1])
+@pytest.mark.parametrize("points", [0, -1, "3", 2.5, None])
 def test_frontiers_without_points(points):
     with refused(module := TwoHeads(), fxmem.FxmemError, str(points)):
         fxmem.frontier(module, X, points=points)

@@ -1,7 +1,10 @@
 """The predicted eager peak against the measured one, and against bytes counted by hand."""
 
+import copy
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -48,6 +51,17 @@ class Checkpointed(nn.Module):
         for layer in self.layers:
             x = checkpoint(layer, x, use_reentrant=False)
         return x.sum()
+
+
+class CheckpointedNorm(nn.Module):
+    """What runs again moves the statistics again, with a gradient that does not mind."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Sequential(nn.Linear(64, 64), nn.BatchNorm1d(64), nn.GELU(), nn.Linear(64, 64))
+
+    def forward(self, x):
+        return checkpoint(self.layer, x, use_reentrant=False).square()
 
 
 def convolutional():
@@ -103,6 +117,49 @@ def test_a_measured_plan_knows_the_plain_peak(dtype):
     args = (torch.randn(256, 64).to(dtype),)
     plan = fxmem.plan(module, args, cost="measured", time_limit_s=0.2)
     assert plan.baseline_peak_bytes == measure(module, args, repeats=1).peak_bytes
+
+
+LOSSES = {
+    "mse": F.mse_loss,
+    "smooth l1": F.smooth_l1_loss,
+    "cross entropy": lambda x, y: F.binary_cross_entropy(x, y.detach()),
+    "soft margin": lambda x, y: F.soft_margin_loss(x, y.detach()),
+    "huber": F.huber_loss,
+    "mse, by element": lambda x, y: F.mse_loss(x, y, reduction="none").sum(),
+}
+
+
+class Loss(nn.Module):
+    def __init__(self, name):
+        super().__init__()
+        self.layers, self.name = nn.Sequential(*(nn.Sequential(nn.Linear(32, 32), nn.Sigmoid()) for _ in range(3))), name
+
+    def forward(self, x):
+        x = self.layers(x)
+        return LOSSES[self.name](x, x.sigmoid())
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_lie_in_storages_as_large_as_what_they_are_the_mean_of(name):
+    module, args = Loss(name), (torch.randn(128, 32),)
+    planned = fxmem.transform(module, args, budget=0.85, cost="measured", time_limit_s=0.2)
+    measured, plan = measure(planned, args, repeats=1).peak_bytes, planned.plan
+    assert measured <= plan.budget_bytes and measured == pytest.approx(plan.predicted_peak_bytes, rel=0.005)
+    assert measure(module, args, repeats=1).peak_bytes == pytest.approx(plan.baseline_peak_bytes, rel=0.005)
+
+
+def test_checkpoint_around_a_batch_norm():
+    module, args = CheckpointedNorm(), (torch.randn(512, 64),)
+    gradients = {}
+    for each in (
+        copy.deepcopy(module),
+        planned := fxmem.transform(module, args, budget=0.99, cost="roofline", time_limit_s=0.2),
+    ):
+        each(*args).sum().backward()
+        gradients[each] = [p.grad for p in each.parameters()]
+    for value, expected in zip(*gradients.values(), strict=True):
+        assert torch.equal(value, expected)
+    assert planned.plan.baseline_peak_bytes == pytest.approx(measure(module, args, repeats=1).peak_bytes, rel=0.05)
 
 
 def test_workspace_is_added_where_it_is_taken():

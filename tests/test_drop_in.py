@@ -92,6 +92,57 @@ def test_settings_of_layers_count():
     assert len(said) == 1
 
 
+class Scaled(nn.Module):
+    """Computes with numbers of its own, at the top and inside, and counts what no gradient sees."""
+
+    def __init__(self, scale=1.0):
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+        self.scale, self.sizes, self.calls = scale, [1.0, 2.0], 0
+
+    def forward(self, x):
+        return self.inner(x) * self.scale * self.sizes[1]
+
+
+@pytest.mark.parametrize("through", ["planned", "source"])
+def test_attributes_that_the_model_computes_with(through):
+    plain, planned, args = pair(Scaled, (torch.randn(4, 8),))
+    for scale in (0.5, 1.0):
+        plain.scale = scale
+        (planned if through == "planned" else planned.source).scale = scale
+        assert_same_steps(plain, planned, args, steps=1)
+        with torch.no_grad():
+            assert_same(plain(*args), planned(*args))
+    plain.sizes[1] = planned.sizes[1] = 3.0
+    with messages() as said:
+        assert_same_steps(plain, planned, args, steps=1)
+    assert len(said) == 1 and "another 'sizes.1'" in said[0]
+
+
+def test_attributes_that_the_model_does_not_read_plan_nothing():
+    plain, planned, args = pair(Scaled, (torch.randn(4, 8),))
+    planned.calls = 7
+    with messages() as said:
+        assert_same_steps(plain, planned, args, steps=1)
+    assert planned.source.calls == 7 and not said
+
+
+def test_attributes_count_in_inference_with_an_arena():
+    module, args = Scaled(), (torch.randn(64, 8),)
+    planned = transform(module, args, arena=True, budget=None)
+    for scale in (1.0, 0.5):
+        planned.scale = scale
+        with torch.no_grad():
+            assert_same(module(*args), planned(*args))
+
+
+@pytest.mark.parametrize("make", [nn.Sigmoid, lambda: nn.Sequential(nn.Tanh(), nn.Tanh())])
+def test_a_replaced_layer_inside(make):
+    plain, planned, args = pair(Scaled, (torch.randn(4, 8),))
+    plain.inner[1], planned.inner[1] = make(), make()
+    assert_same_steps(plain, planned, args, steps=1)
+
+
 @pytest.mark.parametrize("through", ["planned", "source"])
 def test_a_replaced_layer(through):
     plain, planned, args = pair(TwoHeads, (torch.randn(4, 8),))

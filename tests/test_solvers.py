@@ -15,7 +15,7 @@ from helpers.problems import chain
 from fxmem.errors import FxmemError, InfeasibleBudgetError
 from fxmem.problem import Operator, Problem, Storage
 from fxmem.schedule import plain_schedule, simulate
-from fxmem.solvers import SOLVERS, annealing, auto, bound, frontier, highs, least_peak, milp, register_solver, solve
+from fxmem.solvers import SOLVERS, annealing, auto, bound, driver, frontier, highs, least_peak, milp, register_solver, solve
 from fxmem.solvers.annealing import Run, anneal
 from fxmem.solvers.base import Answer
 from fxmem.solvers.pool import Pool
@@ -186,6 +186,18 @@ def test_an_interrupted_process_ends_with_the_incumbent_or_cleanly(after_s):
         assert errors.rstrip().endswith("KeyboardInterrupt") and "During handling" not in errors
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)  # nobody of the group is left
+
+
+def test_who_asks_for_the_peak_that_an_error_named_gets_it(monkeypatch):
+    problem = chain(11)  # too large for the exact program
+    lucky = least_peak(problem).schedule
+    plain = plain_schedule(problem)
+    monkeypatch.setattr(driver, "smallest_schedule", lambda *_: lucky)
+    with pytest.raises(InfeasibleBudgetError) as caught:
+        solve(problem, simulate(problem, lucky).peak_bytes - 1)
+    monkeypatch.setattr(driver, "smallest_schedule", lambda *_: plain)
+    monkeypatch.setitem(SOLVERS, "auto", lambda task: Answer(None))
+    assert solve(problem, caught.value.min_budget_bytes).timeline.peak_bytes == caught.value.min_budget_bytes
 
 
 def test_nothing_is_printed():

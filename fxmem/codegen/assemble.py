@@ -40,7 +40,7 @@ def assemble(
     regions = [Region(part, i, len(parts), expected, attached, arenas[i]) for i, part in enumerate(parts)]
     chain = RegionChain(regions, captured.constants, captured.out_spec)
     graph = _Outer(source, captured, args, kwargs).build([part.spec for part in parts])
-    return PlannedModule(source, graph, chain, plan, Call.of(source, args, kwargs), replan, infer)
+    return PlannedModule(source, graph, chain, plan, Call.of(source, args, kwargs, captured.read), replan, infer)
 
 
 class _Outer:

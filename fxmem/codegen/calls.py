@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..torch_internals import pytree
+from ..torch_internals import attribute_at, pytree
 
 CONSTANTS = (type(None), bool, int, float, str)
 
@@ -19,22 +19,34 @@ CONSTANTS = (type(None), bool, int, float, str)
 class Call:
     """A call of a module as far as a plan depends on it; two calls with equal keys can share a plan.
 
-    key: of the arguments structure, shapes, and values of what is no tensor; of the module modes, the settings of PyTorch's own
-        layers (a dropout's probability, a batch norm's momentum), and shapes of parameters and buffers.
+    key: of the arguments structure, shapes, and values of what is no tensor; of the module types and modes of its submodules,
+        the settings of PyTorch's own layers (a dropout's probability, a batch norm's momentum), and shapes of parameters and
+        buffers.
     autocast: where it is in force, and its dtype.
+    read: (path, value) of the other attributes that the captured graph holds as constants.
     """
 
     key: tuple
     autocast: tuple
+    read: tuple[tuple[str, Any], ...] = ()
 
     @staticmethod
-    def of(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Call:
+    def of(module: nn.Module, args: tuple, kwargs: Mapping[str, Any], paths: Iterable[str] = ()) -> Call:
         leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
         settings = tuple(_settings(m) for m in module.modules())
         state = tuple(_leaf_key(t) for t in (*module.parameters(), *module.buffers()))
         key = (repr(spec), tuple(_leaf_key(leaf) for leaf in leaves), settings, state)
         kinds = (k for k in ("cpu", "cuda") if torch.is_autocast_enabled(k))
-        return Call(key, tuple((k, torch.get_autocast_dtype(k)) for k in kinds))
+        autocast = tuple((k, torch.get_autocast_dtype(k)) for k in kinds)
+        return Call(key, autocast, tuple((path, _leaf_key(attribute_at(module, path))) for path in paths))
+
+    def serves(self, other: Call) -> bool:
+        """Whether a plan for this call is one for another. One that was made under autocast runs so anywhere."""
+        return (self.key, self.read) == (other.key, other.read) and bool(self.autocast or not other.autocast)
+
+    def again(self, module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Call:
+        """Another call, as far as this one's plan depends on it."""
+        return Call.of(module, args, kwargs, (path for path, _ in self.read))
 
 
 def _leaf_key(leaf: Any) -> Any:
@@ -44,10 +56,12 @@ def _leaf_key(leaf: Any) -> Any:
 
 
 def _settings(module: nn.Module) -> tuple:
-    """Mode, and, of PyTorch's own layers, constants: those of a user's module may count steps, and would plan each anew."""
+    """Type and mode, and, of PyTorch's own layers, constants: of those of a user's module only what the graph holds counts, as
+    others may count steps, and would plan each anew."""
     if not type(module).__module__.startswith("torch.nn."):
-        return (module.training,)
-    return tuple(value for name, value in vars(module).items() if isinstance(value, CONSTANTS) and not name.startswith("_"))
+        return type(module), module.training
+    constants = (v for name, v in vars(module).items() if isinstance(v, CONSTANTS) and not name.startswith("_"))
+    return type(module), *constants
 
 
 def canonical_call(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> tuple[tuple, dict[str, Any]]:

@@ -16,6 +16,7 @@ import torch
 from torch import fx, nn
 
 from ..errors import CaptureError, FxmemError
+from ..graph_meta import clean_path
 from ..torch_internals import is_being_traced, pytree, spec_from_data, spec_to_data
 from .calls import Call, canonical_call
 from .runtime import Region
@@ -120,6 +121,10 @@ class PlannedModule(fx.GraphModule):
             return getattr(self.__dict__["_source"], name)  # config, for example
 
     def __setattr__(self, name: str, value: Any) -> None:
+        source = self.__dict__.get("_source")
+        if source is not None and name in vars(source) and name not in vars(self) and not hasattr(type(self), name):
+            setattr(source, name, value)  # a number that the model computes with, say; it is read from there, too
+            return
         super().__setattr__(name, value)
         if name in getattr(self.__dict__.get("_source"), "_modules", ()):
             setattr(self._source, name, value)  # another head, say, is one for inference and other plans too
@@ -133,8 +138,8 @@ class PlannedModule(fx.GraphModule):
         args, kwargs = canonical_call(self._source, args, kwargs)
         if not self._needs_gradients(args, kwargs):
             return self._without_gradients(args, kwargs)(*args, **kwargs)
-        call = Call.of(self._source, args, kwargs)
-        if call.key == self._call.key and (call.autocast == self._call.autocast or self._call.autocast):
+        call = self._call.again(self._source, args, kwargs)
+        if self._call.serves(call):
             return super().__call__(*args, **kwargs)
         return self._variant(call, args, kwargs)(*args, **kwargs)
 
@@ -164,8 +169,9 @@ class PlannedModule(fx.GraphModule):
         """With an arena, a plan of a forward alone, made the first time; else the source."""
         if self._infer is None:
             return self._plain()
-        call = Call.of(self._source, args, kwargs), "inference"
-        if call not in self._variants:
+        call = self._call.again(self._source, args, kwargs), "inference"
+        known = self._variants.get(call)
+        if call not in self._variants or (known and known._call.again(self._source, args, kwargs).read != known._call.read):
             try:
                 self._variants[call] = self._infer(self._source, args, kwargs)
                 self._share_hooks(self._variants[call])
@@ -177,9 +183,9 @@ class PlannedModule(fx.GraphModule):
     def _variant(self, call: Call, args: tuple, kwargs: dict) -> nn.Module:
         """A planned module for another kind of call, planned the first time."""
         if call not in self._variants:
-            log.warning(
-                "%s is called with other shapes, modes or dtypes than it was planned for: planning anew, once", self._get_name()
-            )
+            moved = [path for (path, now), (_, then) in zip(call.read, self._call.read, strict=True) if now != then]
+            others = f"another {clean_path(moved[0])!r}" if moved else "other shapes, modes or dtypes"
+            log.warning("%s is called with %s than it was planned for: planning anew, once", self._get_name(), others)
             self._variants[call] = self._replan(self._source, args, kwargs)
             self._share_hooks(self._variants[call])
         return self._variants[call]

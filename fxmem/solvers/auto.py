@@ -1,10 +1,10 @@
 """The default: the methods of others, a lower bound, on a small graph the exact program, on all others search.
 
 The methods of others take little time, are starts for the rest, and are judged beside it: the answer is never worse than
-theirs. What one asks next depends on what is open: nothing, where they meet the bound; the exact program, where that ends in
-seconds, with the best of them as an upper limit on its cost; else the search. Where there are operator implementations to choose
-from, and packing leaves room for that, the step without them is searched too, in short, and is another start. Whatever fails,
-the best schedule of the others is the answer, and the log tells.
+theirs. What comes next depends on what is open: nothing, where they meet the bound; the exact program, where that ends in
+seconds, with the best of them as an upper limit on its cost; else the search. Where there are operator implementations to
+choose from, and packing leaves room for that, the step without them is searched too, in short, and is another start. Whatever
+fails, the best schedule of the others is the answer, and the log tells.
 """
 
 from __future__ import annotations

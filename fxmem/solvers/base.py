@@ -88,7 +88,7 @@ def register_solver(name: str) -> Callable[[Solver], Solver]:
 
 def find_solver(name: str) -> Solver:
     """The solver of that name; FxmemError with the valid names where there is none."""
-    if name not in SOLVERS:
+    if not isinstance(name, str) or name not in SOLVERS:
         raise FxmemError(f"unknown solver {name!r}; the solvers are: {', '.join(sorted(SOLVERS))}")
     return SOLVERS[name]
 

@@ -18,6 +18,8 @@ from .state import least_possible_bytes
 
 PROBES = 8
 NEARLY = 5e-4
+MOST_NAMED = 8
+_named: dict[Problem, Schedule] = {}  # behind the least peaks that errors have named: who asks for one of them shall have it
 
 
 def solve(
@@ -50,8 +52,10 @@ def _solve(task: Task, solver: str = "auto") -> Solution:
     plain = plain_fits(task)
     if plain is not None:
         return _solution(task, Answer(plain, proven=True, log=("the plain schedule fits",)), solver, begin)
+    if problem in _named:
+        task = replace(task, starts=(*task.starts, _named[problem]))
     if budget_bytes < least_possible_bytes(problem, compile_problem(problem)):
-        raise infeasible(problem, budget_bytes, smallest_schedule(task))
+        raise _refusal(task, smallest_schedule(task))
     answer = function(task)
     found = judge(task, [answer.schedule, plain, *task.starts])
     if found is None and solver != "auto":
@@ -64,8 +68,17 @@ def _solve(task: Task, solver: str = "auto") -> Solution:
         least = smallest_schedule(replace(task, starts=(*task.starts, *met)), 0.0 if searched else LEAST_EFFORT_S)
         found = judge(task, [least])
         if found is None:
-            raise infeasible(problem, budget_bytes, least)
+            raise _refusal(task, least)
     return _solution(task, replace(answer, schedule=found[0]), solver, begin)
+
+
+def _refusal(task: Task, least: Schedule) -> InfeasibleBudgetError:
+    """The error for a task's budget; what it names is remembered."""
+    _named.pop(task.problem, None)
+    _named[task.problem] = least
+    while len(_named) > MOST_NAMED:
+        del _named[next(iter(_named))]
+    return infeasible(task.problem, task.budget_bytes, least)
 
 
 def solve_alone(
