@@ -19,8 +19,13 @@ from typing import Any
 import torch
 
 import fxmem
+from fxmem.budget import Budget, budget_from_text, parse_budget
+from fxmem.codegen.calls import canonical_call
+from fxmem.decisions import Plan
 from fxmem.errors import InfeasibleBudgetError
 from fxmem.implementations import IMPLEMENTATIONS, bits, max_pool, programs, relu
+from fxmem.planning import solve_for
+from fxmem.prepared import prepare
 
 from .implementation_cases import CASES, images
 from .models import MODELS, SOLVER_MODELS, Example, build, on_meta
@@ -33,7 +38,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "in place": {"implementations": (), "inplace": True},
     "implementations": {"inplace": False},
     "all": {},
-    "all, accurate": {"exactness": "accurate"},
+    "accurate": {"exactness": "accurate"},
 }
 MONET = {  # fraction of the plain peak, and MONeT's own extra time there
     "resnet50": (4.99 / 15.06, 0.1195),
@@ -43,30 +48,42 @@ MONET = {  # fraction of the plain peak, and MONeT's own extra time there
     "vgg16": (5.51 / 14.12, 0.091),
 }
 FREE = 0.005  # extra time that nobody can measure
+REPEATS = 3  # pairs of steps that are timed
 SPEED_SHAPE = torch.Size((16, 64, 128, 128))
 BUDGETS = f'comma-separated fractions of the plain peak, "min", or "free": the least peak at {100 * FREE} %% more time'
 LAYOUT = "{:<14}{:<8}{:>9}  {:<16}{:>9}{:>10}{:>10}{:>9}  {}"
 COLUMNS = LAYOUT.format("model", "device", "budget", "way", "peak", "extra, %", "measured", "bound, %", "outcome")
 
 
-def rows(name: str, example: Example, device: str, budgets: list[str], measured: bool, limit_s: float) -> Iterator[dict]:
-    """A row for each budget and way of one model."""
-    for budget in budgets:
-        for way, options in WAYS.items():
-            row = {"part": "models", "model": name, "device": device, "budget": budget, "way": way}
-            wanted = {"max_overhead": FREE} if budget == "free" else {"budget": budget if budget == "min" else float(budget)}
+def rows(
+    name: str, example: Example, device: str, budgets: list[str], ways: list[str], measured: bool, limit_s: float
+) -> Iterator[dict]:
+    """A row for each way and budget of one model. Each way is captured once; the plan of one budget starts the next."""
+    args, kwargs = canonical_call(example.module, example.args, example.kwargs)
+    for way in ways:
+        prepared = prepare(example.module, args, kwargs, "measured" if measured else device, **WAYS[way])
+        known: list[Plan] = []
+        for text in sorted(budgets, key=_least_first):
+            row = {"part": "models", "model": name, "device": device, "budget": text, "way": way}
             try:
-                yield row | _one(example, wanted | options, device, measured, limit_s)
+                _, plan = solve_for(prepared, _asked(text), "auto", limit_s, known)
             except InfeasibleBudgetError as error:
                 yield row | {"outcome": f"infeasible: the least peak is {error.min_budget_bytes:,} bytes"}
+                continue
+            known.append(plan)
+            yield row | _promised(plan) | (_measured(example, plan) if measured else {})
 
 
-def _one(example: Example, asked: dict[str, Any], device: str, measured: bool, limit_s: float) -> dict:
-    make = fxmem.transform if measured else fxmem.plan
-    cost = "measured" if measured else device
-    made = make(example.module, example.args, example.kwargs, cost=cost, time_limit_s=limit_s, **asked)
-    plan = made.plan if measured else made
-    found = {
+def _asked(text: str) -> Budget:
+    return parse_budget(None, FREE) if text == "free" else parse_budget(budget_from_text(text))
+
+
+def _least_first(text: str) -> float:
+    return {"min": 0.0, "free": 1.0}.get(text) or float(text)
+
+
+def _promised(plan: Plan) -> dict:
+    return {
         "outcome": "ok",
         "plain_peak_bytes": plan.baseline_peak_bytes,
         "peak_bytes": plan.predicted_peak_bytes,
@@ -74,10 +91,13 @@ def _one(example: Example, asked: dict[str, Any], device: str, measured: bool, l
         "bound": plan.lower_bound_overhead,
         "chosen": sum(p in _alternatives(plan.problem) for p in plan.solution.schedule.steps),
     }
-    if measured:
-        found["measured_peak_bytes"] = fxmem.measure(made, example.args, example.kwargs).peak_bytes
-        found["measured_extra_time"] = fxmem.measure_pair(example.module, made, example.args, example.kwargs).ratio - 1
-    return found
+
+
+def _measured(example: Example, plan: Plan) -> dict:
+    planned = fxmem.transform(example.module, example.args, example.kwargs, plan=plan)
+    peak_bytes = fxmem.measure(planned, example.args, example.kwargs, repeats=1).peak_bytes
+    ratio = fxmem.measure_pair(example.module, planned, example.args, example.kwargs, repeats=REPEATS).ratio
+    return {"measured_peak_bytes": peak_bytes, "measured_extra_time": ratio - 1}
 
 
 def _alternatives(problem) -> set[int]:
@@ -91,7 +111,8 @@ def monet(limit_s: float) -> Iterator[dict]:
         for way in ("in place", "all"):
             row = {"part": "monet", "model": name, "device": "P100", "budget": f"{fraction:.3f}", "way": way, "theirs": theirs}
             try:
-                yield row | _one(example, {"budget": fraction} | WAYS[way], "P100", False, limit_s)
+                args = example.module, example.args, example.kwargs
+                yield row | _promised(fxmem.plan(*args, budget=fraction, cost="P100", time_limit_s=limit_s, **WAYS[way]))
             except InfeasibleBudgetError as error:
                 yield row | {"outcome": f"infeasible: the least peak is {error.min_budget_bytes:,} bytes"}
 
@@ -178,10 +199,11 @@ def line(row: dict) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
-    unknown = [name for name in options.models.split(",") if name not in MODELS]
-    if unknown:
-        print(f"unknown model {unknown[0]!r}; models: {', '.join(MODELS)}", file=sys.stderr)
-        return 2
+    for what, names, known in (("model", options.models, MODELS), ("way", options.ways, WAYS)):
+        unknown = [name for name in names.split(",") if name not in known]
+        if unknown:
+            print(f"unknown {what} {unknown[0]!r}; {what}s: {', '.join(known)}", file=sys.stderr)
+            return 2
     found: Iterator[dict]
     if options.table or options.speed:
         found = table() if options.table else speed(options.on)
@@ -200,7 +222,8 @@ def main(arguments: list[str] | None = None) -> int:
 def _model_rows(name: str, options: argparse.Namespace) -> Iterator[dict]:
     example = build(name) if options.measure else on_meta(MODELS[name])()
     device = "this" if options.measure else options.device
-    return rows(name, example, device, options.budget.split(","), options.measure, options.time_limit)
+    budgets, ways = options.budget.split(","), options.ways.split(",")
+    return rows(name, example, device, budgets, ways, options.measure, options.time_limit)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -210,6 +233,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--models", default=",".join(MODELS), help=f"comma-separated (all: {', '.join(MODELS)})")
     parser.add_argument("--device", default="V100", help="roofline that the models are planned with")
     parser.add_argument("--budget", default="free,0.5,0.33,min", help=BUDGETS)
+    parser.add_argument("--ways", default=",".join(WAYS), help=f"comma-separated (all: {', '.join(WAYS)})")
     parser.add_argument("--on", default="cpu", choices=("cpu", "cuda"), help="where --speed runs")
     parser.add_argument("--time-limit", type=float, default=60.0, help="seconds for one plan")
     what = parser.add_mutually_exclusive_group()

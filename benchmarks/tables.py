@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from .lecture_pictures import exponent, names_of
 from .results import Results, Row
 
@@ -136,10 +138,17 @@ def implementations_markdown(rows: list[dict], part: str) -> str:
     elif part == "speed":
         titles, cells = ["", "device", "GB/s"], [[f"`{r['name']}`", r["device"], f"{r['gb_per_s']:.1f}"] for r in found]
     else:
+        found = _together(found, ("device", "model", "budget", "way"))
         titles = ["model", "device", "budget", "way", "peak, of plain", "extra time, %", "bound, %"]
         titles += ["measured peak, of plain", "measured, %"] if part == "models" else ["MONeT, %"]
         cells = [[r["model"], r["device"], r["budget"], r["way"], *_way(r, part)] for r in found]
     return _markdown("", titles, cells).lstrip()
+
+
+def _together(rows: list[dict], names: Sequence[str]) -> list[dict]:
+    """The rows by those columns, the values of each in the order in which they first came."""
+    orders = {name: {value: place for place, value in enumerate(dict.fromkeys(r[name] for r in rows))} for name in names}
+    return sorted(rows, key=lambda row: [orders[name][row[name]] for name in names])
 
 
 def _way(row: dict, part: str) -> list[str]:

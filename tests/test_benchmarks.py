@@ -8,7 +8,7 @@ import torch
 from helpers.instances import FOLDER
 from torch import nn
 
-from benchmarks import results, solvers, step, tables
+from benchmarks import implementations, results, solvers, step, tables
 from benchmarks.compare import difference, step_result
 from benchmarks.models import MODELS, SOLVER_MODELS, Example, on_meta
 from benchmarks.peers import checkpointed
@@ -93,6 +93,30 @@ def test_solvers_on_a_model_that_is_never_built(capsys, monkeypatch, tmp_path):
     stored = json.loads(solvers.RESULTS.read_text())
     assert [row["solver"] for row in stored] == ["auto", "chen_sqrt"] and stored[0]["extra_time"] <= stored[1]["extra_time"]
     assert capsys.readouterr().out.count("tiny") == 4
+
+
+@pytest.mark.parametrize("more", [[], ["--measure"]])
+def test_ways_of_running_operators(monkeypatch, tmp_path, more):
+    monkeypatch.setitem(MODELS, "tiny", lambda: tiny(1024))
+    monkeypatch.setattr(implementations, "RESULTS", tmp_path / "implementations.json")
+    arguments = ["--models", "tiny", "--ways", "recompute,all", "--budget", "free,0.6,1000", "--time-limit", "1", *more]
+    assert implementations.main(arguments) == 0
+    rows = json.loads(implementations.RESULTS.read_text())
+    found = {(row["budget"], row["way"]): row for row in rows}
+    assert found["0.6", "all"]["extra_time"] <= found["0.6", "recompute"]["extra_time"]
+    assert found["free", "all"]["peak_bytes"] <= found["free", "recompute"]["peak_bytes"]
+    assert all(row["extra_time"] <= implementations.FREE for (budget, _), row in found.items() if budget == "free")
+    assert "infeasible" in found["1000", "all"]["outcome"]
+    if more:
+        done = [row for row in rows if row["outcome"] == "ok"]
+        assert all(0.99 * row["peak_bytes"] <= row["measured_peak_bytes"] <= row["peak_bytes"] for row in done)
+    text = tables.implementations_markdown(rows[::-1], "models")
+    assert [line.split(" | ")[3] for line in text.splitlines()[2:]] == ["all", "recompute"] * 3
+
+
+def test_ways_that_are_not_there(capsys):
+    assert implementations.main(["--ways", "luck"]) == 2
+    assert "unknown way 'luck'; ways: recompute" in capsys.readouterr().err
 
 
 def test_solvers_that_are_not_there(capsys):
