@@ -79,7 +79,7 @@ def _asked(text: str) -> Budget:
 
 
 def _least_first(text: str) -> float:
-    return {"min": 0.0, "free": 1.0}.get(text) or float(text)
+    return float({"min": 0, "free": 1}.get(text, text))
 
 
 def _promised(plan: Plan) -> dict:

@@ -99,7 +99,7 @@ def test_solvers_on_a_model_that_is_never_built(capsys, monkeypatch, tmp_path):
 def test_ways_of_running_operators(monkeypatch, tmp_path, more):
     monkeypatch.setitem(MODELS, "tiny", lambda: tiny(1024))
     monkeypatch.setattr(implementations, "RESULTS", tmp_path / "implementations.json")
-    arguments = ["--models", "tiny", "--ways", "recompute,all", "--budget", "free,0.6,1000", "--time-limit", "1", *more]
+    arguments = ["--models", "tiny", "--ways", "recompute,all", "--budget", "free,0.6,min,1000", "--time-limit", "1", *more]
     assert implementations.main(arguments) == 0
     rows = json.loads(implementations.RESULTS.read_text())
     found = {(row["budget"], row["way"]): row for row in rows}
@@ -112,7 +112,7 @@ def test_ways_of_running_operators(monkeypatch, tmp_path, more):
         done = [row for row in rows if row["outcome"] == "ok"]
         assert all(0.99 * row["peak_bytes"] <= row["measured_peak_bytes"] <= row["peak_bytes"] for row in done)
     text = tables.implementations_markdown(rows[::-1], "models")
-    assert [line.split(" | ")[3] for line in text.splitlines()[2:]] == ["all", "recompute"] * 3
+    assert [line.split(" | ")[3] for line in text.splitlines()[2:]] == ["all", "recompute"] * 4
 
 
 def test_ways_that_are_not_there(capsys):
