@@ -58,7 +58,7 @@ def search(task: Task, thorough: bool = True, more_starts: MoreStarts | None = N
     compiled, budget_bytes, log = compile_problem(task.problem), task.budget_bytes, []
     for _ in range(ATTEMPTS):
         with Pool(len(compiled.stages)) as pool:
-            best = _rounds(task, compiled, budget_bytes, pool, log, thorough, more_starts)
+            best = _Search(task, compiled, budget_bytes, pool, log).run(thorough, more_starts)
         if best.desired is None:
             smallest = State(compiled, budget_bytes, list(best.smallest)).schedule()
             return Answer(None, stopped=best.stopped, log=tuple(log), smallest=smallest if thorough else None)
@@ -136,112 +136,104 @@ def better(incumbents: list[Incumbent]) -> Incumbent:
     return Incumbent(cheapest.desired, cheapest.time_s, smallest.smallest, smallest.smallest_bytes, stopped)
 
 
-def _rounds(
-    task: Task,
-    compiled: Compiled,
-    budget_bytes: int,
-    pool: Pool,
-    log: list[str],
-    thorough: bool,
-    more_starts: MoreStarts | None,
-) -> Incumbent:
-    """Packing, a round from the relaxation's advice, then rounds from the best so far."""
-    advised = advised_states(task, compiled, budget_bytes)
-    fresh = Run(
-        task.problem, budget_bytes, advised[-1].desired, effort(compiled), 0
-    )  # the advice as it is, where it is sensible
-    best = _packed(task, fresh, advised, first_states(task, compiled, budget_bytes), pool, log)
-    if more_starts and not best.stopped and not _is_settled(task, best):
-        best = _packed_too(task, fresh, best, more_starts(best.time_s), pool, log)
-    if best.stopped or _is_settled(task, best):
+class _Search:
+    """What the parts of one search share. fresh: a run from the advice, as it is where that is sensible."""
+
+    def __init__(self, task: Task, compiled: Compiled, budget_bytes: int, pool: Pool, log: list[str]):
+        self.task, self.compiled, self.budget_bytes, self.pool, self.log = task, compiled, budget_bytes, pool, log
+        self.unit_s = task.problem.plain_time_s or 1.0
+        self.advised = advised_states(task, compiled, budget_bytes)
+        self.fresh = Run(task.problem, budget_bytes, self.advised[-1].desired, effort(compiled), 0)
+
+    def run(self, thorough: bool, more_starts: MoreStarts | None) -> Incumbent:
+        """Packing, a round from the relaxation's advice, then rounds from the best so far."""
+        best = self._advice_packed()
+        if more_starts and not best.stopped and not self._is_settled(best):
+            best = self._more_packed(best, *more_starts(best.time_s))
+        if best.stopped or self._is_settled(best):
+            return best
+        runs, patience = self._worthwhile(best, thorough)
+        if runs:
+            best = better([best, self._round(runs)])
+        if best.desired is None and thorough:
+            deadline = math.inf if self.task.overtime else self.task.deadline
+            best = squeeze(self.task, self.compiled, self.budget_bytes, best, self.pool, deadline)
+        if best.desired is None:
+            self.log.append(f"search: nothing that fits; least peak met {best.smallest_bytes:,} bytes")
+            return best
+        return self._reheated(best, patience)
+
+    def _run_all(self, runs: list[Run]) -> list[Incumbent]:
+        return self.pool.run_all(runs, self.task.deadline, self.task.progress)
+
+    def _packed(self, states: Iterable[tuple[int, ...]]) -> list[Incumbent]:
+        found = self._run_all(_packs(self.fresh, states))
+        self.log.append("search: packed " + ", ".join(map(self._in_percent, found)))
+        return found
+
+    def _advice_packed(self) -> Incumbent:
+        """The best of the advice packed, and of the best starting state, packed too where the advice is not much better: on
+        large graphs, where packing two takes all the time, in the place of the second advice."""
+        first = first_states(self.task, self.compiled, self.budget_bytes)
+        states, start = [advice.desired for advice in self.advised], first.desired or first.smallest
+        if len(start) > MOST_FOR_FRESH and first.desired and first.time_s <= self.advised[0].time_s * NOT_FAR:
+            states[1:] = [start]
+        best = better([first, *self._packed(states)])
+        if start not in states and (best.desired is None or first.time_s <= best.time_s * NOT_FAR):
+            best = better([best, *self._packed([start])])
         return best
-    runs, patience = _worthwhile(task, fresh, best, thorough)
-    if runs:
-        best = better([best, _round(task, runs, pool, log)])
-    if best.desired is None and thorough:
-        best = squeeze(task, compiled, budget_bytes, best, pool, math.inf if task.overtime else task.deadline)
-    if best.desired is None:
-        log.append(f"search: nothing that fits; least peak met {best.smallest_bytes:,} bytes")
+
+    def _more_packed(self, best: Incumbent, schedules: list[Schedule], interrupted: bool) -> Incumbent:
+        """The best so far, or of some schedules, as they are and packed."""
+        own = Incumbent(stopped=interrupted)
+        for schedule in schedules:
+            own.offer(State(self.compiled, self.budget_bytes, desires(self.compiled, schedule)))
+        best = better([best, own])
+        if not schedules or interrupted or own.time_s > best.time_s * NOT_FAR:
+            return best
+        return better([best, *self._packed([own.desired or own.smallest])])
+
+    def _is_settled(self, best: Incumbent) -> bool:
+        """Whether what was found is as good as the bound."""
+        return best.desired is not None and best.time_s <= self.task.bound_s + SETTLED * self.unit_s
+
+    def _worthwhile(self, best: Incumbent, thorough: bool) -> tuple[list[Run], int]:
+        """The runs from the advice, and how many idle rounds to bear after them."""
+        runs, patience = _varied(self.fresh), max(1, int(self.task.limit_s / IDLE_ROUNDS_S))
+        if best.desired is None:
+            return runs, patience
+        if not thorough or best.time_s <= self.task.bound_s * (1 + NEAR):
+            return runs[:SEEDS], min(1, patience - 1)
+        return ([] if len(self.compiled.stages) > MOST_FOR_FRESH else runs), patience
+
+    def _reheated(self, best: Incumbent, patience: int) -> Incumbent:
+        """Rounds from the best so far, as long as they save anything."""
+        idle = 0
+        for number in range(1, MOST_ROUNDS * patience):
+            if best.stopped or idle == patience or self._is_settled(best):
+                break
+            before_s, seed = best.time_s, number * len(FRESH)
+            reheated = replace(self.fresh, desired=best.desired, seed=seed, hot=REHEATS[number % len(REHEATS)])
+            best = better([best, self._round(_seeds(reheated))])
+            idle = idle + 1 if best.time_s > before_s * (1 - WORTHWHILE) else 0
         return best
-    return _reheated(task, fresh, best, patience, pool, log)
 
-
-def _packed(task: Task, fresh: Run, advised: list[Advice], first: Incumbent, pool: Pool, log: list[str]) -> Incumbent:
-    """The best of the advice packed, and of the best starting state, packed too where the advice is not much better: on large
-    graphs, where packing two takes all the time, in the place of the second advice."""
-    states, start = [advice.desired for advice in advised], first.desired or first.smallest
-    if len(start) > MOST_FOR_FRESH and first.desired and first.time_s <= advised[0].time_s * NOT_FAR:
-        states[1:] = [start]
-    packed = pool.run_all(_packs(fresh, states), task.deadline, task.progress)
-    best = better([first, *packed])
-    if start not in states and (best.desired is None or first.time_s <= best.time_s * NOT_FAR):
-        packed += pool.run_all(_packs(fresh, [start]), task.deadline, task.progress)
-        best = better([best, *packed])
-    log.append("search: packed " + ", ".join(_in_percent(task, i) for i in packed))
-    return best
-
-
-def _packed_too(
-    task: Task, fresh: Run, best: Incumbent, starts: tuple[list[Schedule], bool], pool: Pool, log: list[str]
-) -> Incumbent:
-    """The best so far, or of some schedules, as they are and packed."""
-    schedules, interrupted = starts
-    compiled, own = compile_problem(task.problem), Incumbent(stopped=interrupted)
-    for schedule in schedules:
-        own.offer(State(compiled, fresh.budget_bytes, desires(compiled, schedule)))
-    best = better([best, own])
-    if not schedules or interrupted or own.time_s > best.time_s * NOT_FAR:
+    def _round(self, runs: list[Run]) -> Incumbent:
+        """The best of some runs when packed, and a line about it in the log."""
+        begin = time.monotonic()
+        annealed = self._run_all(runs)
+        fit = {i.desired: i.time_s for i in annealed if i.desired is not None}
+        chosen = [] if any(i.stopped for i in annealed) else sorted(fit, key=fit.__getitem__)[:PACKED]
+        best = better([*annealed, *self._run_all(_packs(runs[0], chosen))])
+        what = f"{runs[0].budget_bytes:,} bytes, {len(runs)} x {runs[0].moves} moves"
+        now = f"{self._in_percent(better(annealed))}, packed {self._in_percent(best)}" if fit else "nothing that fits"
+        self.log.append(f"search: {what}: {now}, {time.monotonic() - begin:.1f} s")
         return best
-    packed = pool.run_all(_packs(fresh, [own.desired or own.smallest]), task.deadline, task.progress)
-    log.append("search: packed " + ", ".join(_in_percent(task, i) for i in packed))
-    return better([best, *packed])
 
-
-def _is_settled(task: Task, best: Incumbent) -> bool:
-    """Whether what was found is as good as the bound."""
-    return best.desired is not None and best.time_s <= task.bound_s + SETTLED * task.problem.plain_time_s
-
-
-def _worthwhile(task: Task, fresh: Run, best: Incumbent, thorough: bool) -> tuple[list[Run], int]:
-    """The runs from the advice, and how many idle rounds to bear after them."""
-    runs, patience = _varied(fresh), max(1, int(task.limit_s / IDLE_ROUNDS_S))
-    if best.desired is None:
-        return runs, patience
-    if not thorough or best.time_s <= task.bound_s * (1 + NEAR):
-        return runs[:SEEDS], min(1, patience - 1)
-    return ([] if len(compile_problem(task.problem).stages) > MOST_FOR_FRESH else runs), patience
-
-
-def _reheated(task: Task, fresh: Run, best: Incumbent, patience: int, pool: Pool, log: list[str]) -> Incumbent:
-    """Rounds from the best so far, as long as they save anything."""
-    idle = 0
-    for number in range(1, MOST_ROUNDS * patience):
-        if best.stopped or idle == patience:
-            break
-        before_s, seed = best.time_s, number * len(FRESH)
-        reheated = replace(fresh, desired=best.desired, seed=seed, hot=REHEATS[number % len(REHEATS)])
-        best = better([best, _round(task, _seeds(reheated), pool, log)])
-        idle = idle + 1 if best.time_s > before_s * (1 - WORTHWHILE) else 0
-    return best
-
-
-def _round(task: Task, runs: list[Run], pool: Pool, log: list[str]) -> Incumbent:
-    """The best of some runs when packed, and a line about it in the log."""
-    begin = time.monotonic()
-    annealed = pool.run_all(runs, task.deadline, task.progress)
-    fit = {i.desired: i.time_s for i in annealed if i.desired is not None}
-    chosen = [] if any(i.stopped for i in annealed) else sorted(fit, key=fit.__getitem__)[:PACKED]
-    best = better([*annealed, *pool.run_all(_packs(runs[0], chosen), task.deadline, task.progress)])
-    what = f"{runs[0].budget_bytes:,} bytes, {len(runs)} x {runs[0].moves} moves"
-    now = f"{_in_percent(task, better(annealed))}, packed {_in_percent(task, best)}" if fit else "nothing that fits"
-    log.append(f"search: {what}: {now}, {time.monotonic() - begin:.1f} s")
-    return best
-
-
-def _in_percent(task: Task, incumbent: Incumbent) -> str:
-    if incumbent.desired is None:
-        return "nothing that fits"
-    return f"extra time {format_percent(incumbent.time_s / (task.problem.plain_time_s or 1.0), 3)}"
+    def _in_percent(self, incumbent: Incumbent) -> str:
+        if incumbent.desired is None:
+            return "nothing that fits"
+        return f"extra time {format_percent(incumbent.time_s / self.unit_s, 3)}"
 
 
 def _packs(run: Run, states: Iterable[tuple[int, ...]]) -> list[Run]:
