@@ -40,12 +40,12 @@ WAYS: dict[str, dict[str, Any]] = {
     "all": {},
     "accurate": {"exactness": "accurate"},
 }
-MONET = {  # fraction of the plain peak, and MONeT's own extra time there
-    "resnet50": (4.99 / 15.06, 0.1195),
-    "googlenet": (4.99 / 14.93, 0.158),
-    "unet": (5.01 / 14.32, 0.115),
-    "mobilenet_v2": (5.01 / 14.46, 0.087),
-    "vgg16": (5.51 / 14.12, 0.091),
+MONET = {  # GiB at its smallest budget, GiB of PyTorch's own peak, and MONeT's extra time there
+    "resnet50": (4.99, 15.06, 0.1195),
+    "googlenet": (4.99, 14.93, 0.158),
+    "unet": (5.01, 14.32, 0.115),
+    "mobilenet_v2": (5.01, 14.46, 0.087),
+    "vgg16": (5.51, 14.12, 0.091),
 }
 FREE = 0.005  # extra time that nobody can measure
 REPEATS = 3  # pairs of steps that are timed
@@ -58,31 +58,44 @@ COLUMNS = LAYOUT.format("model", "device", "budget", "way", "peak", "extra, %", 
 def rows(
     name: str, example: Example, device: str, budgets: list[str], ways: list[str], measured: bool, limit_s: float
 ) -> Iterator[dict]:
-    """A row for each way and budget of one model. Each way is captured once; the plan of one budget starts the next."""
-    args, kwargs = canonical_call(example.module, example.args, example.kwargs)
+    """A row for each way and budget of one model."""
     for way in ways:
-        prepared = prepare(example.module, args, kwargs, "measured" if measured else device, **WAYS[way])
-        known: list[Plan] = []
-        for text in sorted(budgets, key=_least_first):
-            row = {"part": "models", "model": name, "device": device, "budget": text, "way": way}
-            try:
-                _, plan = solve_for(prepared, _asked(text), "auto", limit_s, known)
-            except InfeasibleBudgetError as error:
-                yield row | {"outcome": f"infeasible: the least peak is {error.min_budget_bytes:,} bytes"}
-                continue
-            known.append(plan)
-            yield row | _promised(plan) | (_measured(example, plan) if measured else {})
+        for text, plan in _plans(example, "measured" if measured else device, budgets, way, limit_s):
+            row = {"part": "models", "model": name, "device": device, "budget": text, "way": way} | _promised(plan)
+            yield row | _measured(example, plan) if measured and isinstance(plan, Plan) else row
+
+
+def _plans(
+    example: Example, cost: str, budgets: Iterable[str], way: str, limit_s: float
+) -> Iterator[tuple[str, Plan | InfeasibleBudgetError]]:
+    """A plan for each budget from one capture, the smallest first: it starts the next."""
+    args, kwargs = canonical_call(example.module, example.args, example.kwargs)
+    prepared = prepare(example.module, args, kwargs, cost, **WAYS[way])
+    asked = {text: _asked(text) for text in budgets}
+    known: list[Plan] = []
+    for text in sorted(asked, key=lambda text: _least_first(asked[text], prepared.baseline.peak_bytes)):
+        try:
+            _, plan = solve_for(prepared, asked[text], "auto", limit_s, known)
+        except InfeasibleBudgetError as error:
+            yield text, error
+            continue
+        known.append(plan)
+        yield text, plan
 
 
 def _asked(text: str) -> Budget:
     return parse_budget(None, FREE) if text == "free" else parse_budget(budget_from_text(text))
 
 
-def _least_first(text: str) -> float:
-    return float({"min": 0, "free": 1}.get(text, text))
+def _least_first(budget: Budget, plain_peak_bytes: int) -> int:
+    if budget.max_overhead is not None:
+        return plain_peak_bytes
+    return budget.resolve(plain_peak_bytes) or 0
 
 
-def _promised(plan: Plan) -> dict:
+def _promised(plan: Plan | InfeasibleBudgetError) -> dict:
+    if isinstance(plan, InfeasibleBudgetError):
+        return {"outcome": f"infeasible: the least peak is {plan.min_budget_bytes:,} bytes"}
     return {
         "outcome": "ok",
         "plain_peak_bytes": plan.baseline_peak_bytes,
@@ -105,16 +118,14 @@ def _alternatives(problem) -> set[int]:
 
 
 def monet(limit_s: float) -> Iterator[dict]:
-    """MONeT's models, batches and smallest budgets, planned for its device."""
-    for name, (fraction, theirs) in MONET.items():
-        example = SOLVER_MODELS[name]()
-        for way in ("in place", "all"):
-            row = {"part": "monet", "model": name, "device": "P100", "budget": f"{fraction:.3f}", "way": way, "theirs": theirs}
-            try:
-                args = example.module, example.args, example.kwargs
-                yield row | _promised(fxmem.plan(*args, budget=fraction, cost="P100", time_limit_s=limit_s, **WAYS[way]))
-            except InfeasibleBudgetError as error:
-                yield row | {"outcome": f"infeasible: the least peak is {error.min_budget_bytes:,} bytes"}
+    """MONeT's models, batches and smallest budgets, planned for its device: at its fraction of the plain peak, with PyTorch's
+    own operators and with all, and in its bytes."""
+    for name, (budget_gib, plain_gib, theirs) in MONET.items():
+        example, fraction = SOLVER_MODELS[name](), f"{budget_gib / plain_gib:.3f}"
+        for way, budgets in (("in place", [fraction]), ("all", [fraction, f"{budget_gib} GiB"])):
+            for text, plan in _plans(example, "P100", budgets, way, limit_s):
+                row = {"part": "monet", "model": name, "device": "P100", "budget": text, "way": way, "theirs": theirs}
+                yield row | _promised(plan)
 
 
 def table() -> Iterator[dict]:
