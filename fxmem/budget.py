@@ -86,8 +86,8 @@ def _parse_text(text: str) -> Budget:
 
 def check_time_limit(time_limit_s: Any) -> None:
     """Raise BudgetError for a time limit that is no number of seconds."""
-    if isinstance(time_limit_s, bool) or not isinstance(time_limit_s, Real) or not time_limit_s >= 0:
-        raise BudgetError(f"time_limit_s={time_limit_s!r} was given; it must be a number of seconds, zero or more")
+    if isinstance(time_limit_s, bool) or not isinstance(time_limit_s, Real) or not 0 <= time_limit_s < float("inf"):
+        raise BudgetError(f"time_limit_s={time_limit_s!r} was given; it must be a finite number of seconds, zero or more")
 
 
 def _refusal(given: str) -> BudgetError:

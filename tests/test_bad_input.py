@@ -406,6 +406,7 @@ NAMES = [
     ({"time_limit_s": None}, fxmem.BudgetError, ("time_limit_s=None", "seconds")),
     ({"time_limit_s": math.nan}, fxmem.BudgetError, ("time_limit_s=nan", "seconds")),
     ({"time_limit_s": -1}, fxmem.BudgetError, ("time_limit_s=-1", "seconds")),
+    ({"time_limit_s": math.inf}, fxmem.BudgetError, ("time_limit_s=inf", "finite")),
     ({"cache_dir": 3}, fxmem.PlanError, ("cache_dir=3", "folder")),
 ]
 

@@ -136,6 +136,16 @@ def test_attributes_count_in_inference_with_an_arena():
             assert_same(module(*args), planned(*args))
 
 
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda planned: pickle.loads(pickle.dumps(planned))])
+def test_copies_of_planned_graph_modules_plan_nothing(copied):
+    module = fx.symbolic_trace(Scaled().inner)
+    args = (torch.randn(4, 8),)
+    planned = copied(transform(module, args))
+    with messages() as said:
+        assert_same_steps(copy.deepcopy(module), planned, args, steps=1)
+    assert not said
+
+
 @pytest.mark.parametrize("make", [nn.Sigmoid, lambda: nn.Sequential(nn.Tanh(), nn.Tanh())])
 def test_a_replaced_layer_inside(make):
     plain, planned, args = pair(Scaled, (torch.randn(4, 8),))

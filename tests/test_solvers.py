@@ -200,6 +200,22 @@ def test_who_asks_for_the_peak_that_an_error_named_gets_it(monkeypatch):
     assert solve(problem, caught.value.min_budget_bytes).timeline.peak_bytes == caught.value.min_budget_bytes
 
 
+@pytest.mark.parametrize("above", [1.01, 1.05])
+def test_a_time_limit_is_no_reason_to_refuse_a_budget(above):
+    problem = load_instance("unet_8")
+    budget_bytes = int(least_peak(problem, time_limit_s=4.0).timeline.peak_bytes * above)
+    assert solve(problem, budget_bytes, time_limit_s=0.2).timeline.peak_bytes <= budget_bytes
+
+
+def test_an_interrupted_exact_program_leaves_the_best_of_the_others(monkeypatch):
+    def interrupt(task):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(auto, "milp", interrupt)
+    solution = solve(chain(7), 70)
+    assert solution.timeline.peak_bytes <= 70 and "milp: interrupted" in solution.log
+
+
 def test_nothing_is_printed():
     script = (
         "from helpers.problems import chain; from fxmem.solvers import solve; problem = chain(6);"

@@ -58,10 +58,11 @@ def _leaf_key(leaf: Any) -> Any:
 def _settings(module: nn.Module) -> tuple:
     """Type and mode, and, of PyTorch's own layers, constants: of those of a user's module only what the graph holds counts, as
     others may count steps, and would plan each anew."""
-    if not type(module).__module__.startswith("torch.nn."):
-        return type(module), module.training
+    kind = f"{type(module).__module__}.{type(module).__qualname__}"  # every GraphModule has a class of its own
+    if not kind.startswith("torch.nn."):
+        return kind, module.training
     constants = (v for name, v in vars(module).items() if isinstance(v, CONSTANTS) and not name.startswith("_"))
-    return type(module), *constants
+    return kind, *constants
 
 
 def canonical_call(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> tuple[tuple, dict[str, Any]]:

@@ -108,9 +108,10 @@ class PlannedModule(fx.GraphModule):
 
     def release_arena(self) -> None:
         """Let go of the memory of all arenas (those that a step is using, when it is over); the next step allocates anew."""
-        for planned in (self, *filter(None, self._variants.values())):
-            if planned.regions[0].arenas is not None:
-                planned.regions[0].arenas.release()
+        if self.regions[0].arenas is not None:
+            self.regions[0].arenas.release()
+        for variant in filter(None, self._variants.values()):
+            variant.release_arena()
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -122,7 +123,8 @@ class PlannedModule(fx.GraphModule):
 
     def __setattr__(self, name: str, value: Any) -> None:
         source = self.__dict__.get("_source")
-        if source is not None and name in vars(source) and name not in vars(self) and not hasattr(type(self), name):
+        of_source = source is not None and (name in vars(source) or hasattr(type(source), name))
+        if of_source and name not in vars(self) and not hasattr(type(self), name):
             setattr(source, name, value)  # a number that the model computes with, say; it is read from there, too
             return
         super().__setattr__(name, value)

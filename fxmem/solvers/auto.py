@@ -1,4 +1,4 @@
-"""The default: the methods of others, a lower bound, on a small graph the exact program, on all others search.
+"""The default: the methods of others, a lower bound, on a small graph the exact program, else search.
 
 The methods of others take little time, are starts for the rest, and are judged beside it: the answer is never worse than
 theirs. What comes next depends on what is open: nothing, where they meet the bound; the exact program, where that ends in
@@ -21,12 +21,11 @@ from .bound import lower_bound
 from .checkmate import is_quick
 from .lift import lift
 from .milp import binaries, milp
-from .search import search
+from .search import SETTLED, search
 from .stages import Compiled, compile_problem
 from .state import least_possible_bytes
 
 MOST_BINARIES = 600  # up to which the exact program ends in seconds
-CLOSE = 1e-4  # of a step: not worth closing
 FAR = 1.15  # times the bound: worth lifting
 PEERS = ("chen_greedy", "chen_sqrt", "per_block", "recursive", "rotor", "checkmate_lp")
 
@@ -42,14 +41,18 @@ def auto(task: Task) -> Answer:
     task = replace(task, bound_s=bound_s if known else 0.0)
     unit_s = task.problem.plain_time_s or 1.0
     found = judge(task, task.starts)
-    if known and found and found[1].overhead - bound_s / unit_s <= CLOSE:
+    if known and found and found[1].overhead - bound_s / unit_s <= SETTLED:
         return Answer(found[0], bound_s / unit_s, log=tuple(log))
     if binaries(task.problem, compiled) <= MOST_BINARIES:
-        exact = milp(replace(task, starts=(found[0],) if found else ()))
+        exact = _exact(task, found and found[0])
+        if exact is None:
+            return Answer(found and found[0], task.bound_s / unit_s, stopped=True, log=(*log, "milp: interrupted"))
         log += exact.log
         if exact.proven:
             return replace(exact, log=tuple(log))
-        task = replace(task, starts=(*task.starts, exact.schedule) if exact.schedule else task.starts)
+        bound_s = max(bound_s, exact.lower_bound_overhead * unit_s)
+        starts = (*task.starts, *filter(None, [exact.schedule]))
+        task = replace(task, bound_s=bound_s if known else 0.0, starts=starts)
     plainly = _Plainly(task)
     answer = search(task, more_starts=plainly)
     log += (*plainly.log, *answer.log)
@@ -68,27 +71,39 @@ def auto(task: Task) -> Answer:
     return replace(answer, schedule=found and found[0], lower_bound_overhead=bound, log=tuple(log))
 
 
+def _exact(task: Task, best: Schedule | None) -> Answer | None:
+    """What the exact program finds below the best schedule known, in half of the time that is left at most; None where somebody
+    interrupts it."""
+    now = time.monotonic()
+    try:
+        return milp(replace(task, starts=(best,) if best else (), deadline=now + (task.deadline - now) / 2))
+    except KeyboardInterrupt:
+        return None
+
+
 class _Plainly:
     """What the search finds without any implementations, in half of the time that is left at most, where that may be less than
     what is known; and whether somebody interrupted it."""
 
     def __init__(self, task: Task):
-        self.task, self.found, self.log = task, [], []
+        self.task, self.found, self.log, self.asked = task, [], [], False
 
     def __call__(self, enough_s: float) -> tuple[list[Schedule], bool]:
         problem, kept = without_implementations(self.task.problem)
-        if len(kept) == len(self.task.problem.operators):
-            return [], False
+        if self.asked or len(kept) == len(self.task.problem.operators):
+            return self.found, False
+        self.asked = True
         compiled, budget_bytes, now = compile_problem(problem), self.task.budget_bytes, time.monotonic()
         if budget_bytes < least_possible_bytes(problem, compiled):
             return [], False
-        deadline = now + (self.task.deadline - now) / 2
-        bound_s = lower_bound(compiled, budget_bytes, deadline, self.log)
-        if bound_s >= enough_s:
+        deadline, log = now + (self.task.deadline - now) / 2, []
+        bound_s = lower_bound(compiled, budget_bytes, deadline, log)
+        bound_s = bound_s if math.isfinite(bound_s) else 0.0  # see `auto`
+        if bound_s and bound_s >= enough_s:
             return [], False
         alone = replace(self.task, problem=problem, starts=(), deadline=deadline, bound_s=bound_s)
         answer = search(alone, thorough=False)
-        self.log += answer.log
+        self.log += (f"without implementations: {line}" for line in (*log, *answer.log))
         self.found += [] if answer.schedule is None else [Schedule(tuple(kept[p] for p in answer.schedule.steps))]
         return self.found, answer.stopped and not alone.out_of_time
 

@@ -52,8 +52,9 @@ def _solve(task: Task, solver: str = "auto") -> Solution:
     plain = plain_fits(task)
     if plain is not None:
         return _solution(task, Answer(plain, proven=True, log=("the plain schedule fits",)), solver, begin)
-    if problem in _named:
-        task = replace(task, starts=(*task.starts, _named[problem]))
+    named = _named.get(problem) if solver == "auto" else None
+    if named:
+        task = replace(task, starts=(*task.starts, named))
     if budget_bytes < least_possible_bytes(problem, compile_problem(problem)):
         raise _refusal(task, smallest_schedule(task))
     answer = function(task)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import math
 import os
-import sys
+import threading
 import time
 from dataclasses import dataclass
 
@@ -78,6 +78,9 @@ def minimize(
         return Outcome(f"error: {error}", None, -math.inf)
 
 
+_loading = threading.Lock()
+
+
 @functools.cache
 def highspy():
     """The module, imported where it is used, so that a broken HiGHS costs a bound and not the import of the whole package.
@@ -87,19 +90,18 @@ def highspy():
     """
     import highspy as module
 
-    try:
-        kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
-    except OSError:
-        return module  # there is no standard output
-    if sys.stdout:
-        sys.stdout.flush()
-    os.dup2(nowhere, 1)
-    try:
-        module.Highs()
-    finally:
-        os.dup2(kept, 1)
-        os.close(kept)
-        os.close(nowhere)
+    with _loading:
+        try:
+            kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+        except OSError:
+            return module  # there is no standard output
+        os.dup2(nowhere, 1)
+        try:
+            module.Highs()
+        finally:
+            os.dup2(kept, 1)
+            os.close(kept)
+            os.close(nowhere)
     return module
 
 

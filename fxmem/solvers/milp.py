@@ -64,11 +64,11 @@ def binaries(problem: Problem, compiled: Compiled) -> int:
 
 def _solve(task: Task, compiled: Compiled, budget_bytes: int, most_overhead: float | None):
     """State the program in cvxpy and let HiGHS solve it: status, schedule or None, lower bound on the overhead."""
-    import cvxpy as cp  # here: it takes longer to import than most plans to find
-
     left_s = task.deadline - time.monotonic()
     if budget_bytes <= 0 or left_s <= 0:
         return (INFEASIBLE if budget_bytes <= 0 else LIMIT), None, 0.0
+    import cvxpy as cp  # here: it takes longer to import than most plans to find
+
     v = milp_model.make_variables(compiled)
     binary = cp.Variable(v.choices, boolean=True)
     real = cp.Variable(max(1, v.count - v.choices), bounds=[0, 1])

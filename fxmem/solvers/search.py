@@ -46,6 +46,8 @@ IDLE_ROUNDS_S = 60.0  # of the time limit that allow one idle round: who gives t
 SQUEEZE_WEIGHT = 10.0  # what a byte too many weighs when only bytes matter
 SQUEEZE_MOVES = 9_000  # at least
 ATTEMPTS = 3
+# Given the least extra time so far, in seconds: schedules, and whether somebody interrupted the making of them.
+MoreStarts = Callable[[float], tuple[list[Schedule], bool]]
 
 
 @register_solver("search")
@@ -84,10 +86,6 @@ def first_states(task: Task, compiled: Compiled, budget_bytes: int) -> Incumbent
         state.reset(list(desired), budget_bytes)
         best.offer(state)
     return best
-
-
-# Given the least extra time so far, in seconds: schedules, and whether somebody interrupted the making of them.
-MoreStarts = Callable[[float], tuple[list[Schedule], bool]]
 
 
 class Advice(NamedTuple):
@@ -150,10 +148,11 @@ class _Search:
         best = self._advice_packed()
         if more_starts and not best.stopped and not self._is_settled(best):
             best = self._more_packed(best, *more_starts(best.time_s))
-        if best.stopped or self._is_settled(best):
+        interrupted = best.stopped and not self.task.out_of_time
+        if interrupted or self._is_settled(best) or (best.stopped and best.desired is not None):
             return best
         runs, patience = self._worthwhile(best, thorough)
-        if runs:
+        if runs and not best.stopped:
             best = better([best, self._round(runs)])
         if best.desired is None and thorough:
             deadline = math.inf if self.task.overtime else self.task.deadline
@@ -247,7 +246,7 @@ def _seeds(run: Run) -> list[Run]:
 def _varied(run: Run) -> list[Run]:
     """The runs that begin from the advice, as many as the number of stages allows."""
     count = min(len(FRESH), RUNS_X_STAGES // len(compile_problem(run.problem).stages))
-    if run.problem.encoders:  # the step without implementations was searched before, and is among the starts
+    if run.problem.encoders:  # a move takes longer there
         count //= 2
     varied = FRESH[: max(LEAST_RUNS, count)]
     return [replace(run, seed=run.seed + k, hot=hot, weight=weight) for k, (hot, weight) in enumerate(varied)]
