@@ -212,8 +212,8 @@ def test_an_interrupted_exact_program_leaves_the_best_of_the_others(monkeypatch)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(auto, "milp", interrupt)
-    solution = solve(chain(7), 70)
-    assert solution.timeline.peak_bytes <= 70 and "milp: interrupted" in solution.log
+    solution = solve(chain(7), 60)
+    assert solution.timeline.peak_bytes <= 60 and "milp: interrupted" in solution.log
 
 
 def test_nothing_is_printed():
