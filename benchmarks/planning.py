@@ -97,7 +97,7 @@ def plan_one(name: str, fraction: float, device: str, time_limit_s: float, long:
 def _trace(example: Example) -> None:
     """What torch.compile would do before its backend: Dynamo, and AOTAutograd's joint graph."""
     module, args, kwargs = on_fake_tensors(example.module, example.args, example.kwargs)
-    graph_module, _ = dynamo_graph(module, args, kwargs)
+    graph_module, *_ = dynamo_graph(module, args, kwargs)
     joint_graph(graph_module, args, kwargs)
 
 

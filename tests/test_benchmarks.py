@@ -8,7 +8,7 @@ import torch
 from helpers.instances import FOLDER
 from torch import nn
 
-from benchmarks import implementations, results, solvers, step, tables
+from benchmarks import implementations, planning, results, solvers, step, tables
 from benchmarks.compare import difference, step_result
 from benchmarks.models import MODELS, SOLVER_MODELS, Example, on_meta
 from benchmarks.peers import checkpointed
@@ -118,6 +118,12 @@ def test_ways_of_running_operators(monkeypatch, tmp_path, more):
 def test_ways_that_are_not_there(capsys):
     assert implementations.main(["--ways", "luck"]) == 2
     assert "unknown way 'luck'; ways: recompute" in capsys.readouterr().err
+
+
+def test_what_planning_takes(monkeypatch):
+    monkeypatch.setitem(SOLVER_MODELS, "tiny", on_meta(tiny))
+    row = planning.plan_one("tiny", 0.8, "P100", 2.0, False)
+    assert min(row.torch_s, row.capture_s, row.solve_s) > 0 and 0 < row.bound <= row.extra_time and "tiny" in row.line
 
 
 def test_solvers_that_are_not_there(capsys):
