@@ -42,6 +42,8 @@ NOT_FAR = 1.5  # times the best extra time: a start that is worth packing
 NEAR = 0.05  # over the bound: one more round is enough
 SETTLED = 1e-4  # of a step over the bound: nothing to be had by searching
 WORTHWHILE = 5e-3  # of the extra time: a round that saves less is idle
+IDLE_X_STAGES, MOST_IDLE = 200, 3  # idle rounds that a small graph bears, whose rounds take a second
+FAR = 0.15  # over the bound: worth them
 IDLE_ROUNDS_S = 60.0  # of the time limit that allow one idle round: who gives ten minutes gets ten rounds beyond the best
 SQUEEZE_WEIGHT = 10.0  # what a byte too many weighs when only bytes matter
 SQUEEZE_MOVES = 9_000  # at least
@@ -203,7 +205,10 @@ class _Search:
             return runs, patience
         if not thorough or best.time_s <= self.task.bound_s * (1 + NEAR):
             return runs[:SEEDS], min(1, patience - 1)
-        return ([] if len(self.compiled.stages) > MOST_FOR_FRESH else runs), patience
+        stages = len(self.compiled.stages)
+        if best.time_s > self.task.bound_s * (1 + FAR):
+            patience = max(patience, min(MOST_IDLE, IDLE_X_STAGES // stages))
+        return ([] if stages > MOST_FOR_FRESH else runs), patience
 
     def _reheated(self, best: Incumbent, patience: int) -> Incumbent:
         """Rounds from the best so far, as long as they save anything."""
