@@ -21,12 +21,11 @@ from .bound import lower_bound
 from .checkmate import is_quick
 from .lift import lift
 from .milp import binaries, milp
-from .search import SETTLED, search
+from .search import FAR, SETTLED, search
 from .stages import Compiled, compile_problem
 from .state import least_possible_bytes
 
 MOST_BINARIES = 600  # up to which the exact program ends in seconds
-FAR = 1.15  # times the bound: worth lifting
 PEERS = ("chen_greedy", "chen_sqrt", "per_block", "recursive", "rotor", "checkmate_lp")
 
 
@@ -60,7 +59,7 @@ def auto(task: Task) -> Answer:
         return replace(answer, log=tuple(log))
     found = judge(task, [answer.schedule, *plainly.found, *task.starts])
     overhead = found[1].overhead if found else math.inf
-    if overhead * unit_s > FAR * bound_s and not answer.stopped:
+    if overhead * unit_s > (1 + FAR) * bound_s and not answer.stopped:
         bound_s = lift(compiled, task.budget_bytes, bound_s, overhead * unit_s, task.limit_s, task.deadline, log)
     bound = bound_s / unit_s
     if task.progress:
