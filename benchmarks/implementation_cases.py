@@ -93,10 +93,7 @@ CASES: dict[str, Callable[[], nn.Module]] = {
         nn.Tanh(), nn.BatchNorm2d(4), nn.SiLU(), nn.BatchNorm2d(4, affine=False), nn.SiLU()
     ),
     "convolution_transposed": lambda: Between(nn.Conv2d(4, 6, 5, 2, 1), nn.Conv2d(6, 6, 5, padding=1)),
-    **dict.fromkeys(
-        ("convolution_input_slices", "convolution_weight_slices"),
-        lambda: Between(nn.Conv2d(4, 6, 5, padding=2), nn.Tanh(), nn.Conv2d(6, 3, 5, padding=2, bias=False)),
-    ),
+    "convolution_slices": lambda: Between(nn.Conv2d(4, 6, 5, padding=2), nn.Tanh(), nn.Conv2d(6, 3, 5, padding=2, bias=False)),
     "elu_output": lambda: Between(nn.ELU(0.7), nn.SELU(), nn.CELU(1.5)),
     "embedding_rows": lambda: Between(TiedHead(), channels=16),
     "relu_bits": lambda: Between(nn.ReLU()),

@@ -38,7 +38,7 @@ class Example:
 def build(name: str, device: str = "cpu", **sizes: int) -> Example:
     """The example of that name on `device`; `sizes` are the function's own (batch, size, ...)."""
     torch.manual_seed(0)
-    return MODELS[name](**sizes).to(device)
+    return EXAMPLES[name](**sizes).to(device)
 
 
 def hf_resnet50(batch: int = 8, size: int = 224) -> Example:
@@ -57,6 +57,21 @@ def gpt2(batch: int = 2, length: int = 512, layers: int = 12) -> Example:
     module = GPT2LMHeadModel(GPT2Config(n_layer=layers, use_cache=False)).train()
     ids = torch.randint(module.config.vocab_size, (batch, length))
     return Example(module, (), {"input_ids": ids, "labels": ids})
+
+
+def gpt2_loss(batch: int = 2, length: int = 512, layers: int = 12) -> Example:
+    """`gpt2` that returns the loss alone, as training needs it, so that nobody asks for the logits."""
+    whole = gpt2(batch, length, layers)
+    return Example(_LossAlone(whole.module), (), whole.kwargs)
+
+
+class _LossAlone(nn.Module):
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids, labels):
+        return self.model(input_ids=input_ids, labels=labels).loss
 
 
 def unet2d(batch: int = 4, size: int = 64) -> Example:
@@ -207,6 +222,8 @@ MODELS: dict[str, Callable[..., Example]] = {
     maker.__name__: maker
     for maker in (hf_resnet50, gpt2, unet2d, resnet50, googlenet, vgg16, mobilenet_v2, densenet121, vit_b_16)
 }
+
+EXAMPLES = MODELS | {"gpt2_loss": gpt2_loss}
 
 SOLVER_MODELS: dict[str, Callable[[], Example]] = {  # the first five in MONeT's batches
     "resnet50": on_meta(resnet50, batch=184),

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .budget import Budget, check_time_limit, parse_budget
+from .budget import check_time_limit, parse_budget
 from .capture import check_inputs, example_inputs_of
 from .codegen.assemble import assemble
 from .codegen.calls import canonical_call
@@ -216,7 +216,7 @@ def plans(
         for number, cost in enumerate(costs):
             prepared = prepared.under(cost) if number else prepared
             known: list[Plan] = []
-            for budget in sorted(wanted, key=lambda b: _least_first(wanted[b], prepared.baseline.peak_bytes)):
+            for budget in sorted(wanted, key=lambda b: wanted[b].tightness(prepared.baseline.peak_bytes)):
                 try:
                     _, plan_ = solve_for(prepared, wanted[budget], solver, time_limit_s, known)
                     found[prepared.cost, budget] = plan_
@@ -225,12 +225,6 @@ def plans(
                     found[prepared.cost, budget] = error
     names = dict.fromkeys(name for name, _ in found)
     return {(name, budget): found[name, budget] for name in names for budget in wanted}
-
-
-def _least_first(budget: Budget, plain_peak_bytes: int) -> float:
-    if budget.is_free:
-        return float("inf")
-    return 0 if budget.least else budget.resolve(plain_peak_bytes)
 
 
 def _example_call(

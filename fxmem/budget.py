@@ -36,6 +36,14 @@ class Budget:
         """Whether nothing is to be recomputed."""
         return self == Budget()
 
+    def tightness(self, plain_peak_bytes: int) -> float:
+        """A number to sort budgets by, the tightest first, so that each plan is a start for the next."""
+        if self.is_free:
+            return float("inf")
+        if self.max_overhead is not None:
+            return plain_peak_bytes
+        return 0 if self.least else self.resolve(plain_peak_bytes)
+
     def resolve(self, plain_peak_bytes: int) -> int | None:
         """The budget in bytes, where it is one."""
         return self.size_bytes if self.fraction is None else max(self.at_least_bytes, int(self.fraction * plain_peak_bytes))

@@ -43,11 +43,7 @@ NOT_BITWISE = {  # and so offered nowhere
     ("chain", torch.bfloat16): "a kernel of several operators rounds once",
     ("convolution_transposed", torch.float64): "the two kernels for double add in different orders",
 }
-NOT_OFFERED = {
-    (name, "channels_last"): "kernels take it as it lies, without workspace"
-    for name in ("convolution_input_slices", "convolution_weight_slices")
-}
-BITWISE_HERE = {"convolution_input_slices": "other sizes, on several threads, are not"}
+NOT_OFFERED = {("convolution_slices", "channels_last"): "kernels take it as it lies, without workspace"}
 
 
 @pytest.fixture(autouse=True)
@@ -73,7 +69,7 @@ def test_gradients_and_bytes_are_as_promised(name, dtype):
     found = fxmem.check_implementation(name, module, (images(dtype),))
     assert found.places >= 1 and found.measured_peak_bytes <= found.predicted_peak_bytes
     assert found.is_bitwise or IMPLEMENTATIONS[name].exactness == "accurate"
-    if dtype is torch.float32 and name not in BITWISE_HERE:  # what is bitwise belongs into that class
+    if dtype is torch.float32:  # what is bitwise belongs into that class
         assert found.is_bitwise == (IMPLEMENTATIONS[name].exactness == "bitwise")
 
 
@@ -409,7 +405,7 @@ def test_the_gradient_of_a_root_mean_square_is_one_operator(squared, count):
 def test_slices_that_would_run_by_another_kernel_or_save_nothing(layer):
     """Of one small image PyTorch runs another kernel; single pixels lie as kernels take them."""
     with pytest.raises(ImplementationError, match="applies nowhere"):
-        fxmem.check_implementation("convolution_weight_slices", nn.Sequential(nn.Conv2d(3, 4, 1), layer), (images(),))
+        fxmem.check_implementation("convolution_slices", nn.Sequential(nn.Conv2d(3, 4, 1), layer), (images(),))
 
 
 def test_the_default_slope():

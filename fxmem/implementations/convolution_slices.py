@@ -18,7 +18,6 @@ from ..cost.workspace import LOW_PRECISION, workspace_bytes
 from ..fake_kernels import fake_mode_of
 from ..torch_internals import convolution_backend
 from .base import Call, Choice, register_implementation
-from .convolution import INPUT_ALONE
 from .operators import chunks, define
 
 aten = torch.ops.aten
@@ -27,19 +26,9 @@ SLICES = 8
 LEAST_BYTES = 1 << 24  # every choice more makes plans take longer
 
 
-@register_implementation("convolution_input_slices", BACKWARD, exactness="accurate", least_bytes=LEAST_BYTES)
-def convolution_input_slices(node: fx.Node) -> Choice | None:
-    """What PyTorch's keeps; the input's gradient is made an eighth of the images at a time."""
-    return _sliced(node) if list(node.args[10]) == INPUT_ALONE else None
-
-
-@register_implementation("convolution_weight_slices", BACKWARD, exactness="accurate", least_bytes=LEAST_BYTES)
-def convolution_weight_slices(node: fx.Node) -> Choice | None:
-    """What PyTorch's keeps; the weight's gradient is summed up over an eighth of the images at a time."""
-    return _sliced(node) if node.args[10][1] else None
-
-
-def _sliced(node: fx.Node) -> Choice | None:
+@register_implementation("convolution_slices", BACKWARD, exactness="accurate", least_bytes=LEAST_BYTES)
+def convolution_slices(node: fx.Node) -> Choice | None:
+    """What PyTorch's keeps; gradients are made, or summed up, over an eighth of the images at a time."""
     gradient, x, weight = values = [n.meta["val"] for n in node.args[:3]]
     stride, padding, dilation, transposed, _, groups = node.args[4:10]
     if len(x) < 2 or any(v.device.type != "cpu" or not v.numel() or not v.is_contiguous() for v in values):
