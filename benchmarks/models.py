@@ -5,6 +5,7 @@ Weights and inputs are random and the same in every process. Shapes are those of
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -223,7 +224,7 @@ MODELS: dict[str, Callable[..., Example]] = {
     for maker in (hf_resnet50, gpt2, unet2d, resnet50, googlenet, vgg16, mobilenet_v2, densenet121, vit_b_16)
 }
 
-EXAMPLES = MODELS | {"gpt2_loss": gpt2_loss}
+EXAMPLES = MODELS | {"unet": functools.partial(unet, batch=1), "gpt2_loss": gpt2_loss}
 
 SOLVER_MODELS: dict[str, Callable[[], Example]] = {  # the first five in MONeT's batches
     "resnet50": on_meta(resnet50, batch=184),

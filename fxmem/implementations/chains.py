@@ -26,7 +26,7 @@ from .operators import is_dense
 from .programs import chain, generates_code, group_norm_again, layer_norm_again
 
 aten = torch.ops.aten
-LEAST_BYTES = 1 << 24  # of what it reads or makes: a compiler takes seconds, and less than this is made in milliseconds
+LEAST_BYTES = 1 << 21  # of what it reads or makes: to call a kernel takes as long as to run the operators on less
 LONGEST = 16  # operators
 SUMS = (aten.add.Tensor, aten.sub.Tensor)
 PRODUCTS = (aten.mul.Tensor, aten.mul.Scalar, aten.leaky_relu.default)

@@ -34,13 +34,15 @@ def auto(task: Task) -> Answer:
     """Ask the peers, bound, prove where that is cheap, else search."""
     compiled = compile_problem(task.problem)
     log: list[str] = []
-    task = replace(task, starts=(*task.starts, *_peers(task, compiled, log)))
+    if task.with_peers:
+        task = replace(task, starts=(*task.starts, *_peers(task, compiled, log)))
     bound_s = lower_bound(compiled, task.budget_bytes, task.deadline, log)
     known = math.isfinite(bound_s)  # at the least peak itself, the linear solver's tolerance may say that nothing fits
     task = replace(task, bound_s=bound_s if known else 0.0)
     unit_s = task.problem.plain_time_s or 1.0
     found = judge(task, task.starts)
-    if known and found and found[1].overhead - bound_s / unit_s <= SETTLED:
+    settled_s = max(bound_s + SETTLED * unit_s, task.enough_s)
+    if known and found and found[1].overhead * unit_s <= settled_s:
         return Answer(found[0], bound_s / unit_s, log=tuple(log))
     if binaries(task.problem, compiled) <= MOST_BINARIES:
         exact = _exact(task, found and found[0])
@@ -108,10 +110,10 @@ class _Plainly:
 
 
 def _peers(task: Task, compiled: Compiled, log: list[str]) -> list[Schedule]:
-    """The schedules of the peers that fit, where there is time for them."""
-    found = []
+    """The schedules of the peers that fit, as far as a third of the time goes."""
+    found, until = [], time.monotonic() + (task.deadline - time.monotonic()) / 3
     for name in PEERS:
-        if task.out_of_time or (name == "checkmate_lp" and not is_quick(compiled)):
+        if time.monotonic() > until or (name == "checkmate_lp" and not is_quick(compiled)):
             break
         schedule = SOLVERS[name](task).schedule
         if schedule is not None:

@@ -39,8 +39,9 @@ class Task:
     """What a solver is asked: the cheapest schedule with a peak of at most budget_bytes.
 
     starts: schedules to begin from; they need not fit. deadline: in time.monotonic() seconds. limit_s: seconds from the start
-    of the whole to the deadline. bound_s: extra time below which nothing is to be found. overtime: whether to go on behind the
-    deadline as long as nothing that fits is known.
+    of the whole to the deadline. bound_s: extra time below which nothing is to be found. enough_s: extra time that is small
+    enough for who asks. overtime: whether to go on behind the deadline as long as nothing that fits is known. with_peers: whether
+    the methods of others are asked first.
     """
 
     problem: Problem
@@ -50,7 +51,9 @@ class Task:
     progress: Progress | None = None
     limit_s: float = 60.0
     bound_s: float = 0.0
+    enough_s: float = 0.0
     overtime: bool = True
+    with_peers: bool = True
 
     @property
     def out_of_time(self) -> bool:

@@ -16,7 +16,7 @@ from .minimum import LEAST_EFFORT_S, smallest_schedule
 from .stages import Compiled, compile_problem
 from .state import least_possible_bytes
 
-PROBES = 8
+PROBES, PATIENT = 8, 3  # budgets that are tried, and what part of the time that is left each may take
 NEARLY = 5e-4
 MOST_NAMED = 8
 _named: dict[Problem, Schedule] = {}  # behind the least peaks that errors have named: who asks for one of them shall have it
@@ -163,29 +163,40 @@ def _monotone(solutions: list[Solution]) -> tuple[Solution, ...]:
 
 
 def _least_within(task: Task, max_overhead: float) -> Solution:
-    """Bisect the budget between what the lower bound rules out and the plain peak, each schedule a start for the next."""
+    """Close in on the budget, between what the lower bound rules out and the plain peak, each schedule a start for the next."""
     problem, compiled = task.problem, compile_problem(task.problem)
     plain_bytes = simulate(problem, plain_schedule(problem)).peak_bytes
     best, task = solve(problem, plain_bytes), replace(task, overtime=False)
-    low_bytes = high_bytes = _ruled_out(compiled, max_overhead, plain_bytes)
-    starts = list(task.starts)
+    low_bytes, low_overhead = _ruled_out(compiled, max_overhead, plain_bytes), math.inf
+    enough_s, starts, missed = max_overhead * problem.plain_time_s, list(task.starts), False
     for k in range(PROBES):
-        probe = low_bytes + (plain_bytes - low_bytes) // 16 if k == 0 else (low_bytes + high_bytes) // 2
+        probe, room_bytes = low_bytes + (plain_bytes - low_bytes) // 16, best.timeline.peak_bytes - low_bytes
+        if k:
+            if room_bytes <= NEARLY * plain_bytes:
+                break
+            part = 0.5 if missed else _crossing(low_overhead, best.timeline.overhead, max_overhead)
+            probe = low_bytes + int(part * room_bytes)
         try:
-            until = time.monotonic() + max(0.0, task.deadline - time.monotonic()) / (PROBES - k)
-            share_s = task.limit_s / PROBES
-            found = _solve(replace(task, budget_bytes=probe, starts=tuple(starts), deadline=until, limit_s=share_s))
+            share_s = max(0.0, task.deadline - time.monotonic()) / min(PROBES - k, PATIENT)
+            within = dict(budget_bytes=probe, starts=tuple(starts), deadline=time.monotonic() + share_s, limit_s=share_s)
+            found = _solve(replace(task, **within, enough_s=enough_s, with_peers=k == 0))
         except InfeasibleBudgetError as error:
-            low_bytes = max(low_bytes, min(error.min_budget_bytes - 1, best.timeline.peak_bytes - 1))
-            high_bytes = best.timeline.peak_bytes
+            low_bytes, low_overhead = max(low_bytes, min(error.min_budget_bytes, best.timeline.peak_bytes) - 1), math.inf
             continue
         starts.append(found.schedule)
+        missed = k > 0 and found.timeline.overhead > max_overhead
         if found.timeline.overhead <= max_overhead:
             best = min(best, found, key=lambda s: s.timeline.peak_bytes)
         else:
-            low_bytes = probe
-        high_bytes = best.timeline.peak_bytes
+            low_bytes, low_overhead = probe, found.timeline.overhead
     return best
+
+
+def _crossing(low_overhead: float, high_overhead: float, max_overhead: float) -> float:
+    """Where extra time that falls evenly from the low end to the high one is as it may be, as a part of the way: near enough
+    to the low end to gain much, not so near as to gain nothing where it is too much there."""
+    way = low_overhead - high_overhead
+    return min(0.5, max(0.125, (low_overhead - max_overhead) / way)) if math.isfinite(way) else 0.5
 
 
 def _ruled_out(compiled: Compiled, max_overhead: float, high_bytes: int) -> int:

@@ -195,8 +195,9 @@ class _Search:
         return better([best, *self._packed([own.desired or own.smallest])])
 
     def _is_settled(self, best: Incumbent) -> bool:
-        """Whether what was found is as good as the bound."""
-        return best.desired is not None and best.time_s <= self.task.bound_s + SETTLED * self.unit_s
+        """Whether what was found is as good as the bound, or good enough."""
+        settled_s = max(self.task.bound_s + SETTLED * self.unit_s, self.task.enough_s)
+        return best.desired is not None and best.time_s <= settled_s
 
     def _worthwhile(self, best: Incumbent, thorough: bool) -> tuple[list[Run], int]:
         """The runs from the advice, and how many idle rounds to bear after them."""
