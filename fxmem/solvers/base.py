@@ -40,8 +40,8 @@ class Task:
 
     starts: schedules to begin from; they need not fit. deadline: in time.monotonic() seconds. limit_s: seconds from the start
     of the whole to the deadline. bound_s: extra time below which nothing is to be found. enough_s: extra time that is small
-    enough for who asks. overtime: whether to go on behind the deadline as long as nothing that fits is known. with_peers: whether
-    the methods of others are asked first.
+    enough for who asks. overtime: whether to go on behind the deadline as long as nothing that fits is known. with_peers:
+    whether the methods of others are asked first.
     """
 
     problem: Problem
