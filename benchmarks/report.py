@@ -6,6 +6,7 @@ import json
 import pathlib
 from collections.abc import Iterable
 
+from .implementations import WAYS
 from .lecture_pictures import names_of
 from .results import FOLDER, Results, load, stored_rows
 from .tables import (
@@ -17,6 +18,7 @@ from .tables import (
     readme_markdown,
     solvers_markdown,
     static_markdown,
+    ways_markdown,
 )
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -52,8 +54,12 @@ def pages() -> dict[pathlib.Path, str]:
     steps, readme, benchmarks = stored(), ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
     implementations = ROOT / "docs" / "implementations.md"
     other, found = implementations.read_text(), stored_rows(FOLDER / "implementations.json")
-    for part in ("table", "speed", "models", "monet"):
+    for part in ("table", "speed", "monet"):
         other = with_tables(other, f"benchmarks.implementations, {part}", [implementations_markdown(found, part)])
+    for part in ("planned", "measured"):
+        other = with_tables(
+            other, f"benchmarks.implementations, {part}", [ways_markdown(found, list(WAYS), part == "measured")]
+        )
     page = with_tables(benchmarks.read_text(), "benchmarks.step", map(full_markdown, steps))
     page = with_tables(page, "benchmarks.planning", [planning_markdown(stored_rows(FOLDER / "planning.json"))])
     lecture, memory_page = stored_rows(FOLDER / "lecture.json"), memory.read_text()

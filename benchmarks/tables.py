@@ -138,30 +138,43 @@ def implementations_markdown(rows: list[dict], part: str) -> str:
     elif part == "speed":
         titles, cells = ["", "device", "GB/s"], [[f"`{r['name']}`", r["device"], f"{r['gb_per_s']:.1f}"] for r in found]
     else:
-        found = _together(found, ("device", "model", "budget", "way"))
-        titles = ["model", "device", "budget", "way", "peak, of plain", "extra time, %", "bound, %"]
-        titles += ["measured peak, of plain", "measured, %"] if part == "models" else ["MONeT, %"]
-        cells = [[r["model"], r["device"], r["budget"], r["way"], *_way(r, part)] for r in found]
+        titles = ["model", "device", "budget", "way", "peak, of plain", "extra time, %", "bound, %", "MONeT, %"]
+        cells = [[r["model"], r["device"], r["budget"], r["way"], *_beside_theirs(r)] for r in found]
     return _markdown("", titles, cells).lstrip()
 
 
-def _together(rows: list[dict], names: Sequence[str]) -> list[dict]:
-    """The rows by those columns, the values of each in the order in which they first came."""
-    orders = {name: {value: place for place, value in enumerate(dict.fromkeys(r[name] for r in rows))} for name in names}
-    return sorted(rows, key=lambda row: [orders[name][row[name]] for name in names])
+def _beside_theirs(row: dict) -> list[str]:
+    numbers = [row["outcome"], "", ""]
+    if row["outcome"] == "ok":
+        shares = f"{100 * row['extra_time']:.2f}", f"{100 * row['bound']:.2f}"
+        numbers = [f"{row['peak_bytes'] / row['plain_peak_bytes']:.3f}", *shares]
+    return [*numbers, f"{100 * row['theirs']:.1f}"]
 
 
-def _way(row: dict, part: str) -> list[str]:
-    theirs = [f"{100 * row['theirs']:.1f}"] if part == "monet" else []
-    if row["outcome"] != "ok":
-        return [row["outcome"], "", "", *(theirs or ["", ""])]
-    plain = row["plain_peak_bytes"]
-    numbers = [f"{row['peak_bytes'] / plain:.3f}", f"{100 * row['extra_time']:.2f}", f"{100 * row['bound']:.2f}"]
-    if part == "monet":
-        return [*numbers, *theirs]
-    if "measured_peak_bytes" not in row:
-        return [*numbers, "", ""]
-    return [*numbers, f"{row['measured_peak_bytes'] / plain:.3f}", _percent(row["measured_extra_time"])]
+def ways_markdown(rows: list[dict], ways: Sequence[str], is_measured: bool) -> str:
+    """The models of `benchmarks.implementations`, as planned or as measured: a row for each budget, a column for each way."""
+    rows = [row for row in rows if row["part"] == "models" and is_measured == (row["device"] == "this")]
+    found = {(row["model"], row["budget"], row["way"]): row for row in rows}
+    models = names_of(rows, "model")
+    questions = sorted({key[:2] for key in found}, key=lambda key: (models.index(key[0]), -_room(key[1])))
+    cells = [[*key, *(_way(found.get((*key, way)), is_measured) for way in ways)] for key in questions]
+    return _markdown("", ["model", "budget", *ways], cells).lstrip()
+
+
+def _room(budget: str) -> float:
+    """A number to sort budgets by, the more of memory the larger."""
+    if budget == "min":
+        return 0.0
+    return 2.0 if budget == "free" else 1.5 if budget.endswith("%") else float(budget)
+
+
+def _way(row: dict | None, is_measured: bool) -> str:
+    if row is None or row["outcome"] != "ok":
+        return "" if row is None else row["outcome"].split(":")[0]
+    plain, percent = row["plain_peak_bytes"], f"{100 * row['extra_time']:.2f}"
+    if not is_measured:
+        return f"{row['peak_bytes'] / plain:.3f}, {percent}"
+    return f"{row['measured_peak_bytes'] / plain:.3f}, {_percent(row['measured_extra_time'])} (+{percent})"
 
 
 def _question(key: tuple[str, str, str], answers: dict[str, dict]) -> list[str]:
