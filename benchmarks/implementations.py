@@ -25,7 +25,8 @@ from fxmem.decisions import Plan
 from fxmem.errors import InfeasibleBudgetError
 from fxmem.implementations import IMPLEMENTATIONS, bits, max_pool, programs, relu
 from fxmem.planning import solve_for
-from fxmem.prepared import prepare
+from fxmem.prepared import Prepared, prepare
+from fxmem.problem import Problem
 
 from .implementation_cases import CASES, images
 from .models import EXAMPLES, MODELS, SOLVER_MODELS, Example, build, on_meta
@@ -60,19 +61,30 @@ COLUMNS = LAYOUT.format("model", "device", "budget", "way", "peak", "extra, %", 
 def rows(
     name: str, example: Example, device: str, budgets: list[str], ways: list[str], measured: bool, limit_s: float
 ) -> Iterator[dict]:
-    """A row for each way and budget of one model."""
+    """A row for each way and budget of one model. Ways that come to the same are planned and measured once."""
+    known: dict[tuple[Problem, ...], list[dict]] = {}
     for way in ways:
-        for text, plan in _plans(example, "measured" if measured else device, budgets, way, limit_s):
+        prepared = _prepared(example, "measured" if measured else device, way)
+        problems = tuple(program.lowered.problem for program in prepared.programs)
+        if problems in known:
+            yield from (row | {"way": way} for row in known[problems])
+            continue
+        known[problems] = []
+        for text, plan in _plans(prepared, budgets, limit_s):
             row = {"part": "models", "model": name, "device": device, "budget": text, "way": way} | _promised(plan)
-            yield row | _measured(example, plan) if measured and isinstance(plan, Plan) else row
+            if measured and isinstance(plan, Plan):
+                row |= _measured(example, plan)
+            known[problems].append(row)
+            yield row
 
 
-def _plans(
-    example: Example, cost: str, budgets: Iterable[str], way: str, limit_s: float
-) -> Iterator[tuple[str, Plan | InfeasibleBudgetError]]:
-    """A plan for each budget from one capture, the smallest first: it starts the next."""
+def _prepared(example: Example, cost: str, way: str) -> Prepared:
     args, kwargs = canonical_call(example.module, example.args, example.kwargs)
-    prepared = prepare(example.module, args, kwargs, cost, **WAYS[way])
+    return prepare(example.module, args, kwargs, cost, **WAYS[way])
+
+
+def _plans(prepared: Prepared, budgets: Iterable[str], limit_s: float) -> Iterator[tuple[str, Plan | InfeasibleBudgetError]]:
+    """A plan for each budget, the smallest first: it starts the next."""
     asked = {text: _asked(text) for text in budgets}
     known: list[Plan] = []
     for text in sorted(asked, key=lambda text: asked[text].tightness(prepared.baseline.peak_bytes)):
@@ -122,7 +134,7 @@ def monet(limit_s: float) -> Iterator[dict]:
     for name, (budget_gib, plain_gib, theirs) in MONET.items():
         example, fraction = SOLVER_MODELS[name](), f"{budget_gib / plain_gib:.3f}"
         for way, budgets in (("in place", [fraction]), ("all", [fraction, f"{budget_gib} GiB"])):
-            for text, plan in _plans(example, "P100", budgets, way, limit_s):
+            for text, plan in _plans(_prepared(example, "P100", way), budgets, limit_s):
                 row = {"part": "monet", "model": name, "device": "P100", "budget": text, "way": way, "theirs": theirs}
                 yield row | _promised(plan)
 
