@@ -96,13 +96,14 @@ def transform(
         others = ask if ask.fraction is None else replace(ask, at_least_bytes=plan_.budget_bytes)
         again = functools.partial(transform, budget=others, arena=arena, **graph_options, **options)
         joint = Rematerialize(solution=plan_.solution)(prepared.joint()).graph_module
+        infer = None
         if arena:
+            infer = functools.partial(plan_inference, inplace=graph_options["inplace"])
             limit_bytes = plan_.budget_bytes or plan_.baseline_peak_bytes
             PlaceInArena(prepared.lowered, plan_.solution.schedule, limit_bytes)(joint)
             plan_ = replace(plan_, arena=joint.meta["fxmem_arena"])
         parts = partition(joint.graph, joint.meta["fxmem_regions"])
-        layout, infer = joint.meta.get("fxmem_layout"), plan_inference if arena else None
-        return assemble(module, prepared.captured, parts, args, kwargs, plan_, again, layout, infer)
+        return assemble(module, prepared.captured, parts, args, kwargs, plan_, again, joint.meta.get("fxmem_layout"), infer)
 
 
 def plan(

@@ -18,7 +18,7 @@ from torch import nn
 from .errors import MeasureError
 from .fake_kernels import FakeCopies, FakeTensorMode
 from .measuring import backward_roots
-from .torch_internals import TorchDispatchMode, captured_checkpoints, pytree
+from .torch_internals import TorchDispatchMode, captured_checkpoints, pytree, restore_rng
 
 KINDS = ("parameter", "buffer", "input", "activation", "gradient", "workspace")
 Workspace = Callable[[Any, tuple, dict, Any], int]
@@ -63,7 +63,7 @@ def eager_timeline(
     output requires grad, and whatever the module raises on fake tensors (data-dependent control flow, mostly).
     """
     with (
-        torch.random.fork_rng(_cuda_devices()),
+        restore_rng(),
         FakeTensorMode(allow_non_fake_inputs=True) as mode,
         torch.set_grad_enabled(not inference),
     ):
@@ -168,7 +168,3 @@ class _Ledger(TorchDispatchMode):
 
 def _tensors(tree: Any) -> list[torch.Tensor]:
     return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
-
-
-def _cuda_devices() -> list[int]:
-    return list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []

@@ -36,17 +36,17 @@ from .progress import phase
 from .solving import unsolved
 
 
-def plan_inference(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> PlannedModule:
+def plan_inference(module: nn.Module, args: tuple, kwargs: Mapping[str, Any], inplace: bool = True) -> PlannedModule:
     """A module that computes what `module(*args, **kwargs)` computes without gradients, its results in an arena.
 
     Its peak, the arena included, is not above that of the plain module, or of the graph alone where that is higher. Arguments
     in their canonical form; calls of another kind need another plan. Raises CaptureError.
     """
     with torch.inference_mode(False), torch.no_grad():
-        return _plan(module, args, kwargs)
+        return _plan(module, args, kwargs, inplace)
 
 
-def _plan(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> PlannedModule:
+def _plan(module: nn.Module, args: tuple, kwargs: Mapping[str, Any], inplace: bool) -> PlannedModule:
     started = time.perf_counter()
     device = device_of(module, args, kwargs)
     model = cost_model("roofline", device, anywhere=False)
@@ -56,7 +56,7 @@ def _plan(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> PlannedM
     shapes = shape_prop(device)
     for graph_pass in (NameNodes(), MatchEager(), SingleResults(), UpdateBuffers(), shapes, DropCopies(), shapes):
         graph_pass(joint)
-    for graph_pass in (Liveness(), MarkRegions(), MarkInplace(), Costs(model)):
+    for graph_pass in (Liveness(), MarkRegions(), *([MarkInplace()] if inplace else []), Costs(model)):
         graph_pass(joint)
     lowered = lower(joint)
     solution = unsolved(lowered.problem)

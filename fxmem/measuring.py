@@ -70,8 +70,7 @@ def measure(
 
     Raises MeasureError where no output requires grad, the tensors lie on several devices, or repeats is less than one.
     """
-    if not (isinstance(repeats, int) and isinstance(warmup, int)) or repeats < 1 or warmup < 0:
-        raise MeasureError(f"repeats={repeats} and warmup={warmup}; need at least one repeat and no negative warm-up")
+    _check_counts(repeats, warmup)
     step = _Step(module, example_inputs, example_kwargs or {}, output_gradients)
     with _state_kept(module, step.device):
         for _ in range(warmup):
@@ -99,6 +98,7 @@ def measure_pair(
     output_gradients: Iterable[torch.Tensor] | None = None,
 ) -> PairMeasurement:
     """Time two modules' steps in turns, which cancels what slows the machine down for a while. See `measure`."""
+    _check_counts(repeats, warmup)
     gradients = None if output_gradients is None else tuple(output_gradients)
     steps = [_Step(module, example_inputs, example_kwargs or {}, gradients) for module in (a, b)]
     with _state_kept(a, steps[0].device), _state_kept(b, steps[1].device):
@@ -108,6 +108,11 @@ def measure_pair(
     a_times, b_times = zip(*pairs, strict=True)
     ratio = statistics.median(second / first for first, second in pairs)
     return PairMeasurement(statistics.median(a_times), statistics.median(b_times), ratio)
+
+
+def _check_counts(repeats: int, warmup: int) -> None:
+    if not (isinstance(repeats, int) and isinstance(warmup, int)) or repeats < 1 or warmup < 0:
+        raise MeasureError(f"repeats={repeats} and warmup={warmup}; need at least one repeat and no negative warm-up")
 
 
 def backward_roots(outputs: Any) -> list[torch.Tensor]:

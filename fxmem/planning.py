@@ -19,7 +19,7 @@ from .errors import BudgetError, PlanError
 from .prepared import Prepared, prepare
 from .saving import cache_path, check_fits, load_plan
 from .solvers import find_solver
-from .solvers.base import describe
+from .solvers.base import BY_TIME_LIMIT, describe
 from .solving import choose_program, unsolved
 
 log = logging.getLogger(__name__)
@@ -93,8 +93,9 @@ def given_plan(plan_: Plan | str | os.PathLike, budget: Any, max_overhead: Any) 
 def solve_for(
     prepared: Prepared, budget: Budget, solver: str, time_limit_s: float, known: Sequence[Plan] = ()
 ) -> tuple[Prepared, Plan]:
-    """Solve a prepared step for its best plan; the program that it is of, and the plan. known: earlier plans, to begin from.
+    """Solve a prepared step for its best plan; the program that it is of, and the plan.
 
+    known: earlier plans of the same step, to begin from; none that is within the budget takes less time than the answer.
     Raises InfeasibleBudgetError.
     """
     plain_peak_bytes = prepared.baseline.peak_bytes
@@ -104,7 +105,13 @@ def solve_for(
         starts[number] = (*own, *(program.partitioner_schedules() if solver == "torch_budget" else ()))
     number, solution = choose_program(problems, budget, plain_peak_bytes, solver, time_limit_s, starts)
     budget_bytes = None if budget.is_free else budget.resolve(plain_peak_bytes) or solution.timeline.peak_bytes
-    return prepared.programs[number], prepared.programs[number].plan(solution, budget_bytes, budget)
+    found = prepared.programs[number].plan(solution, budget_bytes, budget)
+    if budget_bytes is not None and budget.max_overhead is None:
+        best = min((found, *(p for p in known if p.predicted_peak_bytes <= budget_bytes)), key=lambda p: p.predicted_overhead)
+        if best is not found:
+            number = next(n for n, problem in enumerate(problems) if problem is best.problem)
+            found = _in_place_of(found, best)
+    return prepared.programs[number], found
 
 
 def none_better(plans_: Sequence[Plan], others: Sequence[Plan]) -> tuple[Plan, ...]:
@@ -120,6 +127,6 @@ def none_better(plans_: Sequence[Plan], others: Sequence[Plan]) -> tuple[Plan, .
 def _in_place_of(plan_: Plan, better: Plan) -> Plan:
     """A better plan within the peak of another one, with what is known of all schedules within that peak."""
     bound = plan_.lower_bound_overhead if plan_.problem is better.problem else 0.0
-    status = describe(better.predicted_overhead, bound, proven=False, stopped=True)
+    status = describe(better.predicted_overhead, bound, proven=False, cut_short=BY_TIME_LIMIT)
     solution = replace(better.solution, lower_bound_overhead=bound, status=status)
     return replace(better, solution=solution, budget_bytes=plan_.budget_bytes, asked=plan_.asked)

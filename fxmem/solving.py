@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from .budget import Budget
-from .errors import InfeasibleBudgetError
+from .errors import BudgetError, InfeasibleBudgetError
 from .problem import Problem
 from .progress import detail, phase
 from .schedule import Schedule, plain_schedule, simulate
 from .solvers import Solution, frontier, least_peak, solve
-from .solvers.bound import Relaxation
+from .solvers.bound import MOST_VARIABLES, Relaxation
 from .solvers.driver import NEARLY
 from .solvers.stages import compile_problem
 from .solvers.state import least_possible_bytes
@@ -37,11 +37,16 @@ def choose(
 ) -> Solution:
     """The Solution of `problem` for `budget`, of which a fraction is one of `plain_peak_bytes`.
 
-    Raises InfeasibleBudgetError.
+    Raises InfeasibleBudgetError, and BudgetError where the solver does not serve such a budget.
     """
     size_bytes = simulate(problem, plain_schedule(problem)).peak_bytes if budget.is_free else budget.resolve(plain_peak_bytes)
     phase("solving")
     if size_bytes is None:
+        if solver != "auto":
+            raise BudgetError(
+                f"solver={solver!r} was given: it looks for the least extra time within a budget in bytes or a fraction; for "
+                "budget='min' and for max_overhead leave solver='auto'"
+            )
         return least_peak(problem, max_overhead=budget.max_overhead, time_limit_s=time_limit_s, starts=starts, progress=detail)
     return solve(problem, size_bytes, solver=solver, time_limit_s=time_limit_s, starts=starts, progress=detail)
 
@@ -80,6 +85,8 @@ def choose_program(
             errors.append(error)
             continue
         found[number] = _over_plain(solution, slower)
+        if solution.interrupted:
+            break
     if not found:
         raise min(errors, key=lambda error: error.min_budget_bytes)
     low_bytes = min(solution.timeline.peak_bytes for solution in found.values())
@@ -139,7 +146,10 @@ def _promises(problem: Problem, other: Problem, budget_bytes: int | None) -> boo
         return True
     if budget_bytes is None or simulate(other, plain_schedule(other)).peak_bytes <= budget_bytes:
         return False
-    bound_s, bound_of_other_s = (Relaxation(c, budget_bytes).solve(math.inf).bound for c in compiled)
+    relaxations = [Relaxation(c, budget_bytes) for c in compiled]
+    if relaxations[0].variables > MOST_VARIABLES:
+        return False  # the relaxation alone would take long
+    bound_s, bound_of_other_s = (relaxation.solve(math.inf).bound for relaxation in relaxations)
     return bound_s < bound_of_other_s * (1 - WORTH_AN_ORDER)
 
 

@@ -2,6 +2,7 @@
 
 joint_graph         AOTAutograd's joint graph with descriptors        torch._functorch.aot_autograd, torch._ops
 dynamo_graph        one torch-level graph of any nn.Module            torch._dynamo.functional_export, .side_effects
+COMPILE_ERRORS      what code generation raises, not a kernel's run    torch._dynamo.exc
 attribute_at        what a path names that a guard of Dynamo's holds  torch._dynamo.guards
 what the joint graph's placeholders and outputs mean                  torch._functorch._aot_autograd.descriptors
 pytree                                                                torch.utils._pytree
@@ -39,6 +40,7 @@ import torch.utils.checkpoint
 from torch import fx, nn
 from torch._C import DispatchKey
 from torch._dynamo import config as dynamo_config
+from torch._dynamo import exc as dynamo_errors
 from torch._dynamo.side_effects import SideEffects
 from torch._functorch._aot_autograd import descriptors
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
@@ -57,6 +59,7 @@ DECOMPOSED = (
     aten.upsample_linear1d, aten.upsample_bilinear2d, aten.upsample_bicubic2d, aten.upsample_trilinear3d,
     aten.multi_margin_loss, aten.multilabel_margin_loss_forward, aten.softshrink, aten.hardshrink,
 )  # fmt: skip
+COMPILE_ERRORS = (dynamo_errors.TorchDynamoException, dynamo_errors.FailOnRecompileLimitHit)
 
 
 STEP = re.compile(r"\.(\w+)|\['([^']*)'\]|\[(\d+)\]")  # of a path as Dynamo writes it: an attribute, a key or an index

@@ -190,14 +190,23 @@ def test_a_forward_that_nobody_differentiates_gives_its_arena_back():
     assert len(made) == 1 and gradient.shape == (10,)
 
 
-def test_a_smaller_last_batch_has_an_arena_of_its_own():
+def test_a_smaller_last_batch_has_an_arena_of_its_own_and_the_only_one():
     plain, planned = planned_pair()
+
+    def kept() -> list[bool]:
+        pools = (module.regions[0].arenas for module in (planned, *planned._variants.values()))
+        return [pool is not None and pool.allocated_bytes > 0 for pool in pools]
+
     with poisoned_arenas() as made:
         for args in (IMAGES, (torch.randn(1, 3, 16, 16),), IMAGES):
             assert_same(step(plain, args), step(planned, args))
-    assert len(made) == 2
+            assert sum(kept()) == 1
+    assert len(made) == 3
+    with torch.no_grad():
+        planned(*IMAGES)
+    assert kept()[:2] == [False, False]
     planned.release_arena()
-    assert not any(module.regions[0].arenas.allocated_bytes for module in (planned, *planned._variants.values()))
+    assert not any(kept())
 
 
 def test_an_arena_that_cannot_be_allocated(monkeypatch):

@@ -136,7 +136,7 @@ class ArenaPool:
         if arena is not None:
             self._kept.remove(arena)
         else:
-            self._kept.clear()  # of another device
+            self.keep_none()  # of another device
             try:
                 arena = Arena(self.layout, device)
             except ArenaError as error:
@@ -151,6 +151,10 @@ class ArenaPool:
             self._in_use.discard(arena)
             if not self._kept:
                 self._kept.append(arena)
+
+    def keep_none(self) -> None:
+        """Let go of what is kept, not of what is in use."""
+        self._kept.clear()
 
     def release(self) -> None:
         """Let go of the memory: now of what is kept, and of what is in use when its step is over."""

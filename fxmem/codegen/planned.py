@@ -139,11 +139,19 @@ class PlannedModule(fx.GraphModule):
         self._modules.update(self._source._modules)
         args, kwargs = canonical_call(self._source, args, kwargs)
         if not self._needs_gradients(args, kwargs):
-            return self._without_gradients(args, kwargs)(*args, **kwargs)
+            return self._alone(self._without_gradients(args, kwargs))(*args, **kwargs)
         call = self._call.again(self._source, args, kwargs)
         if self._call.serves(call):
+            self._alone(self)
             return super().__call__(*args, **kwargs)
-        return self._variant(call, args, kwargs)(*args, **kwargs)
+        return self._alone(self._variant(call, args, kwargs))(*args, **kwargs)
+
+    def _alone(self, runs: nn.Module) -> nn.Module:
+        """What runs next, with no arena kept but its own: each was planned as if there were no other."""
+        for other in (self, *self._variants.values()):
+            if isinstance(other, PlannedModule) and other is not runs and other.regions[0].arenas is not None:
+                other.regions[0].arenas.keep_none()
+        return runs
 
     def train(self, mode: bool = True):
         super().train(mode)

@@ -9,7 +9,7 @@ from torch import fx
 
 from ..cost.base import OpCall
 from .base import Call, Choice, register_implementation
-from .operators import define, is_dense
+from .operators import define, in_usual_format
 
 aten = torch.ops.aten
 FORWARDS = (aten._native_batch_norm_legit_functional.default, aten._native_batch_norm_legit.no_stats)
@@ -39,7 +39,7 @@ def _batch_norm_again(x, weight, bias, mean, rstd) -> torch.Tensor:
 def _workspace(call: OpCall) -> int:
     """Statistics, and a copy of an input that is not contiguous."""
     x = call.inputs[0]
-    return (0 if is_dense(x) else x.nbytes) + 5 * call.inputs[-1].nbytes
+    return (0 if in_usual_format(x) else x.nbytes) + 5 * call.inputs[-1].nbytes
 
 
 batch_norm_again = define(

@@ -22,7 +22,7 @@ from ..graph_meta import is_backward
 from .base import Call, Choice, register_implementation
 from .batch_norm import FORWARDS as BATCH_NORMS
 from .batch_norm import batch_norm_again
-from .operators import is_dense
+from .operators import in_usual_format
 from .programs import chain, generates_code, group_norm_again, layer_norm_again
 
 aten = torch.ops.aten
@@ -54,7 +54,7 @@ def chain_accurate(node: fx.Node) -> list[Choice]:
 
 def _choices(node: fx.Node, exact: bool) -> list[Choice]:
     value = node.meta["val"]
-    if not isinstance(value, torch.Tensor) or not is_dense(value) or not _is_read_elsewhere(node):
+    if not isinstance(value, torch.Tensor) or not in_usual_format(value) or not _is_read_elsewhere(node):
         return []
     if not generates_code(value.device):
         return []
@@ -152,7 +152,7 @@ def _written(end: fx.Node, calls: dict[fx.Node, Call]) -> tuple[list[fx.Node], s
             return repr(argument)
         if argument not in names:
             value = argument.meta["val"]
-            cut = argument in of_images or (value.dim() == whole.dim() and len(value) == len(whole))
+            cut = argument in of_images or value.dim() == whole.dim() > 0 and len(value) == len(whole)
             names[argument] = f"{'x' if cut else 'w'}{len(operands)}"
             operands.append(argument)
         return names[argument]

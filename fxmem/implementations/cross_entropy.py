@@ -27,7 +27,7 @@ aten = torch.ops.aten
 PIECES = 8  # at least
 LARGEST = 1 << 23  # elements of a piece of the logits; in low precision, where each sum is rounded, PIECES are enough
 MEAN = 1  # aten's number for it; 2 is the sum
-LOW_PRECISION = (torch.bfloat16,)
+WIDENED = (torch.bfloat16,)
 VIEWS = (aten.view.default, aten._unsafe_view.default, aten.alias.default, aten.detach.default, aten.reshape.default)
 
 
@@ -159,7 +159,7 @@ def _saves(head: _Head) -> bool:
     x, weight, logits = (n.meta["val"] for n in (head.x, head.weight, head.log_softmax))
     rows = _rows(*logits.shape, x.dtype)
     kept = (x.numel() + weight.numel()) * x.element_size()
-    supported = x.dtype in (torch.float32, torch.float64, *LOW_PRECISION) and x.dtype == weight.dtype
+    supported = x.dtype in (torch.float32, torch.float64, *WIDENED) and x.dtype == weight.dtype
     supported = supported and logits.dtype in (x.dtype, _wide(x.dtype))
     return supported and kept + 2 * rows * logits.shape[1] * logits.element_size() < 2 * logits.nbytes
 
@@ -167,12 +167,12 @@ def _saves(head: _Head) -> bool:
 def _rows(count: int, width: int, dtype: torch.dtype) -> int:
     """Rows of a piece."""
     rows = -(-count // PIECES)
-    return max(1, rows if dtype in LOW_PRECISION else min(rows, LARGEST // width))
+    return max(1, rows if dtype in WIDENED else min(rows, LARGEST // width))
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     """The type in which rows are normalized and losses summed."""
-    return torch.float32 if dtype in LOW_PRECISION else dtype
+    return torch.float32 if dtype in WIDENED else dtype
 
 
 def _linear_cross_entropy(x, weight, bias, logits, targets, ignored, mean, wanted, transposed, dtype) -> tuple:

@@ -8,7 +8,7 @@ from torch import fx
 from ..codegen.operators import dropout_apply
 from .base import CODE, Call, Choice, register_implementation
 from .bits import pack_mask, unpack_mask
-from .operators import is_dense
+from .operators import in_usual_format
 
 
 @register_implementation("dropout_bits", dropout_apply, torch.ops.aten.native_dropout_backward.default)
@@ -16,7 +16,7 @@ def dropout_bits(node: fx.Node) -> Choice | None:
     """A bit for each element; the mask is made again from them."""
     mask = node.args[1]
     value = mask.meta["val"]
-    if value.dtype is not torch.bool or not is_dense(value):
+    if value.dtype is not torch.bool or not in_usual_format(value):
         return None
     stride = list(value.stride())
     decode = Call(unpack_mask, (CODE, list(value.shape), stride))

@@ -46,7 +46,7 @@ def define_inplace(operator: Any, schema: str, kernel: Callable) -> None:
     INPLACE_FORMS[operator] = InplaceForm(getattr(torch.ops.fxmem, name).default)
 
 
-def is_dense(tensor: torch.Tensor) -> bool:
+def in_usual_format(tensor: torch.Tensor) -> bool:
     """Whether the tensor fills its memory without gaps, in one of the usual formats."""
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
     last = tensor.dim() in formats and tensor.is_contiguous(memory_format=formats[tensor.dim()])
@@ -56,7 +56,7 @@ def is_dense(tensor: torch.Tensor) -> bool:
 def alike(*tensors: torch.Tensor) -> bool:
     """Whether the tensors are dense and lie in memory in the same order."""
     first = tensors[0]
-    return all(is_dense(t) and t.shape == first.shape and t.stride() == first.stride() for t in tensors)
+    return all(in_usual_format(t) and t.shape == first.shape and t.stride() == first.stride() for t in tensors)
 
 
 def is_exact(dtype: torch.dtype, *thresholds: float) -> bool:

@@ -3,7 +3,8 @@
 PyTorch's code generation (torch.compile: C++ on a CPU, Triton on a GPU) makes one kernel of it at the first run, which reads
 every operand once and writes the result once; in between nothing exists. Sizes are left open, so layers that differ in size
 alone share a kernel. A program that has to give the bits of its operators is tried first, on small operands that have the same
-pattern of sizes; where its kernel gives others, or cannot be made, the operators run one by one, a few images at a time.
+pattern of sizes and strides; where its kernel gives others, or cannot be made, the operators run one by one, a few images at a
+time.
 
 A program is a line of text, so that printed code can be read and a module pickled. x0, w1, ... are the operands; those called w
 are the same for all images.
@@ -28,6 +29,7 @@ from torch import fx
 from ..codegen.operators import dropout_apply
 from ..cost.base import OpCall
 from ..cost.measured import STAND_INS
+from ..torch_internals import COMPILE_ERRORS
 from .batch_norm import batch_norm_again
 from .operators import define
 
@@ -104,11 +106,16 @@ _trusted: dict[tuple, bool] = {}
 
 
 def _chain(operands: Sequence[torch.Tensor], program: str, exact: bool) -> torch.Tensor:
-    device = operands[0].device
-    key = (program, exact, device, *((o.dtype, o.dim()) for o in operands))
+    key = program, exact, operands[0].device, _pattern(operands)
     if key not in _trusted:
         _trusted[key] = _is_right(program, exact, operands)
-    return _generated(program)(*operands) if _trusted[key] else _in_pieces(program, operands)
+    if _trusted[key]:
+        try:
+            return _generated(program)(*operands)
+        except COMPILE_ERRORS as error:  # for these sizes it is made anew
+            _trusted[key] = False
+            _warn_of(program, error)
+    return _in_pieces(program, operands)
 
 
 def _is_right(program: str, exact: bool, operands: Sequence[torch.Tensor]) -> bool:
@@ -123,7 +130,7 @@ def _is_right(program: str, exact: bool, operands: Sequence[torch.Tensor]) -> bo
         small = _small(operands)
         made, wanted = _generated(program)(*small), _one_by_one(program)(*small)
     except Exception as error:  # whatever happens inside of a compiler, the step goes on
-        log.warning("%s runs operator by operator: no code could be generated for it (%s)", program, str(error).split("\n")[0])
+        _warn_of(program, error)
         return False
     right = bool(((made == wanted) | (made.isnan() & wanted.isnan())).all())
     if not right:
@@ -131,19 +138,31 @@ def _is_right(program: str, exact: bool, operands: Sequence[torch.Tensor]) -> bo
     return right
 
 
+def _warn_of(program: str, error: Exception) -> None:
+    log.warning("%s runs operator by operator: no code could be generated for it (%s)", program, str(error).split("\n")[0])
+
+
+def _pattern(operands: Sequence[torch.Tensor]) -> tuple[tuple[torch.dtype, tuple[int, ...], tuple[int, ...]], ...]:
+    """Of each operand the type, a small shape, and its dimensions from the largest stride to the least. Sizes that are equal,
+    zero or one stay so.
+    """
+    few = {0: 0, 1: 1}
+    for size in (n for o in operands for n in o.shape):
+        few.setdefault(size, 5 + 3 * (len(few) - 2))
+    orders = (sorted(range(o.dim()), key=lambda d, o=o: (o.stride(d), -d), reverse=True) for o in operands)
+    return tuple((o.dtype, tuple(few[n] for n in o.shape), tuple(order)) for o, order in zip(operands, orders, strict=True))
+
+
 def _small(operands: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Operands with the same sizes equal and the same dimensions one, in the same formats, of a few elements each."""
-    sizes = sorted({n for o in operands for n in o.shape} - {0, 1})
-    few = {0: 0, 1: 1} | {n: 5 + 3 * k for k, n in enumerate(sizes)}
-    generator, made = torch.Generator().manual_seed(0), []
-    for operand in operands:
-        shape = [few[n] for n in operand.shape]
-        order = sorted(range(len(shape)), key=lambda d: (operand.stride(d), -d), reverse=True)
+    """Operands of the same pattern, of a few elements each; infinities and NaN are among the largest ones'."""
+    generator, pattern = torch.Generator().manual_seed(0), _pattern(operands)
+    most, made = max(len(shape) for _, shape, _ in pattern), []
+    for operand, (dtype, shape, order) in zip(operands, pattern, strict=True):
         values = torch.randn([shape[d] for d in order], generator=generator, dtype=torch.float64)
-        if len(shape) > 2:
+        if len(shape) == most:
             values.view(-1)[:: max(7, values.numel() // 5)] = math.inf
             values.view(-1)[1 :: max(7, values.numel() // 5)] = math.nan
-        values = values > 0 if operand.dtype is torch.bool else values.to(operand.dtype)
+        values = values > 0 if dtype is torch.bool else values.to(dtype)
         made.append(values.permute([order.index(d) for d in range(len(shape))]).to(operand.device))
     return made
 
@@ -152,6 +171,8 @@ def _in_pieces(program: str, operands: Sequence[torch.Tensor]) -> torch.Tensor:
     """The operators one by one, on so many images at a time that what lies between them is small."""
     run, cut = _one_by_one(program), [name.startswith("x") for name in _operands(graph_of(program))]
     made = torch.empty_like(_meta(operands, program, True), device=operands[0].device)
+    if not made.dim():
+        return run(*operands)
     step = _images_at_a_time(made)
     for begin in range(0, len(made), step):
         pieces = [o[begin : begin + step] if cut else o for o, cut in zip(operands, cut, strict=True)]
@@ -166,7 +187,7 @@ def _images_at_a_time(made: torch.Tensor) -> int:
 def _workspace(call: OpCall) -> int:
     """Nothing where code is generated; else every value of a piece."""
     made, count = call.outputs[0], len(graph_of(call.args[1]).nodes)
-    if generates_code(made.device) or not len(made):
+    if generates_code(made.device) or not made.dim() or not len(made):
         return 0
     return count * min(len(made), _images_at_a_time(made)) * (made.nbytes // len(made))
 

@@ -7,6 +7,7 @@ out one after another, at the arena's own fullest moment first, those that the o
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -137,18 +138,18 @@ def _within(
     buffers: Sequence[Buffer], candidates: list[int], during: np.ndarray, limit_bytes: int, alignment: int, time_limit_s: float
 ) -> tuple[OffsetPlan, list[int], int]:
     """The offsets of as many candidates as the limit allows, which these are, and the step's peak."""
-    balance = _Balance(buffers, candidates, during, alignment)
+    balance, deadline = _Balance(buffers, candidates, during, alignment), time.monotonic() + time_limit_s
     while True:
         balance.leave_out(limit_bytes)
         chosen = sorted(balance.chosen)
         intervals = [
             Interval(str(i), buffers[i].users[0], buffers[i].users[-1] + 1, balance.sizes[i], alignment) for i in chosen
         ]
-        plan = plan_offsets(intervals, time_limit_s=time_limit_s)
+        plan = plan_offsets(intervals, time_limit_s=max(0.0, deadline - time.monotonic()))
         peak_bytes = plan.arena_bytes + int(balance.outside.max(initial=0))
         if peak_bytes <= limit_bytes or not chosen:
             return plan, chosen, peak_bytes
-        limit_bytes -= max(alignment, plan.arena_bytes - plan.lower_bound_bytes)  # gaps between the slots take room, too
+        limit_bytes -= max(alignment, plan.arena_bytes - int(balance.inside.max()))  # gaps between the slots take room, too
 
 
 class _Balance:

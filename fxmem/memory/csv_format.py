@@ -47,8 +47,10 @@ def read_offsets(path: Path) -> tuple[int, ...]:
 
 
 def write_csv(path: Path, intervals: Sequence[Interval], offsets: Sequence[int] | None = None) -> None:
-    """Write intervals, and their offsets where they are given, as MiniMalloc reads and writes them."""
+    """Write intervals, and their offsets where they are given, as MiniMalloc reads and writes them. Raises OffsetError."""
     check_intervals(intervals)
+    if offsets is not None and len(offsets) != len(intervals):
+        raise OffsetError(f"{len(offsets)} offsets were given for {len(intervals)} intervals; each needs one")
     aligned = any(v.alignment > 1 for v in intervals)
     columns: dict[str, Sequence] = {
         "id": [v.id for v in intervals],
@@ -60,10 +62,13 @@ def write_csv(path: Path, intervals: Sequence[Interval], offsets: Sequence[int] 
         columns["alignment"] = [v.alignment for v in intervals]
     if offsets is not None:
         columns["offset"] = offsets
-    with pathlib.Path(path).open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(columns)
-        writer.writerows(zip(*columns.values(), strict=True))
+    try:
+        with pathlib.Path(path).open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(columns)
+            writer.writerows(zip(*columns.values(), strict=True))
+    except OSError as error:
+        raise OffsetError(f"{os.fspath(path)} cannot be written: {error.strerror}") from error
 
 
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:

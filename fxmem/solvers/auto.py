@@ -57,10 +57,10 @@ def auto(task: Task) -> Answer:
     plainly = _Plainly(task)
     answer = search(task, more_starts=plainly)
     log += (*plainly.log, *answer.log)
-    if not known:
-        return replace(answer, log=tuple(log))
     found = judge(task, [answer.schedule, *plainly.found, *task.starts])
-    overhead = found[1].overhead if found else math.inf
+    if found is None or not known:
+        return replace(answer, schedule=found and found[0], log=tuple(log))
+    overhead = found[1].overhead
     if overhead * unit_s > (1 + FAR) * bound_s and not answer.stopped:
         bound_s = lift(compiled, task.budget_bytes, bound_s, overhead * unit_s, task.limit_s, task.deadline, log)
     bound = bound_s / unit_s
@@ -69,7 +69,7 @@ def auto(task: Task) -> Answer:
             f"extra time {format_percent(overhead, 2)}, no schedule below {format_percent(bound, 2)}, "
             f"gap {format_percent(overhead - bound, 2)}"
         )
-    return replace(answer, schedule=found and found[0], lower_bound_overhead=bound, log=tuple(log))
+    return replace(answer, schedule=found[0], lower_bound_overhead=bound, log=tuple(log))
 
 
 def _exact(task: Task, best: Schedule | None) -> Answer | None:
@@ -115,7 +115,7 @@ def _peers(task: Task, compiled: Compiled, log: list[str]) -> list[Schedule]:
     for name in PEERS:
         if time.monotonic() > until or (name == "checkmate_lp" and not is_quick(compiled)):
             break
-        schedule = SOLVERS[name](task).schedule
+        schedule = SOLVERS[name](replace(task, deadline=until)).schedule
         if schedule is not None:
             log.append(f"{name}: extra time {format_percent(simulate(task.problem, schedule).overhead, 3)}")
             found.append(schedule)

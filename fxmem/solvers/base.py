@@ -14,6 +14,7 @@ from .stages import Compiled
 from .state import State
 
 Progress = Callable[[str], None]
+BY_TIME_LIMIT, BY_INTERRUPT = "stopped by the time limit", "interrupted"
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Solution:
 
     lower_bound_overhead: no schedule within the budget costs less extra time (a fraction of the plain step's time).
     status: "optimal", "within X % of the bound" (difference in step time) or "feasible", and what cut the solver short.
-    log: one line for each thing that was tried.
+    log: one line for each thing that was tried. interrupted: whether somebody wants no more of it.
     """
 
     schedule: Schedule
@@ -32,14 +33,15 @@ class Solution:
     solver: str
     solve_time_s: float
     log: tuple[str, ...] = ()
+    interrupted: bool = False
 
 
 @dataclass(frozen=True)
 class Task:
     """What a solver is asked: the cheapest schedule with a peak of at most budget_bytes.
 
-    starts: schedules to begin from; they need not fit. deadline: in time.monotonic() seconds. limit_s: seconds from the start
-    of the whole to the deadline. bound_s: extra time below which nothing is to be found. enough_s: extra time that is small
+    starts: schedules to begin from; they need not fit. deadline: in time.monotonic() seconds. limit_s: seconds that were
+    given for all of it. bound_s: extra time below which nothing is to be found. enough_s: extra time that is small
     enough for who asks. overtime: whether to go on behind the deadline as long as nothing that fits is known. with_peers:
     whether the methods of others are asked first.
     """
@@ -121,8 +123,8 @@ def cheapest(task: Task, compiled: Compiled, candidates: Iterable[Sequence[int]]
     return Answer(best)
 
 
-def describe(overhead: float, bound: float, proven: bool, stopped: bool) -> str:
-    """The status of a plan, from its overhead and what is known about the least."""
+def describe(overhead: float, bound: float, proven: bool, cut_short: str = "") -> str:
+    """The status of a plan, from its overhead and what is known about the least. cut_short: by what the search was."""
     gap = (overhead - bound) / (1 + overhead)
     if proven or gap <= 1e-6:
         status = "optimal"
@@ -130,7 +132,12 @@ def describe(overhead: float, bound: float, proven: bool, stopped: bool) -> str:
         status = f"within {format_percent(gap)} of the bound"
     else:
         status = "feasible"
-    return f"{status} (stopped by the time limit)" if stopped and status != "optimal" else status
+    return with_reason(status, cut_short)
+
+
+def with_reason(status: str, cut_short: str) -> str:
+    """A status, and by what the search was cut short, where that matters."""
+    return f"{status} ({cut_short})" if cut_short and status != "optimal" else status
 
 
 def infeasible(problem: Problem, budget_bytes: int, least: Schedule) -> InfeasibleBudgetError:

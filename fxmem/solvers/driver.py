@@ -10,13 +10,27 @@ from dataclasses import replace
 from ..errors import InfeasibleBudgetError
 from ..problem import Problem
 from ..schedule import Schedule, plain_schedule, simulate
-from .base import Answer, Progress, Solution, Task, describe, find_solver, infeasible, judge, plain_fits
-from .bound import Relaxation
+from .base import (
+    BY_INTERRUPT,
+    BY_TIME_LIMIT,
+    Answer,
+    Progress,
+    Solution,
+    Task,
+    describe,
+    find_solver,
+    infeasible,
+    judge,
+    plain_fits,
+    with_reason,
+)
+from .bound import MOST_VARIABLES, Relaxation
 from .minimum import LEAST_EFFORT_S, smallest_schedule
-from .stages import Compiled, compile_problem
+from .stages import compile_problem
 from .state import least_possible_bytes
 
-PROBES, PATIENT = 8, 3  # budgets that are tried, and what part of the time that is left each may take
+PROBES = 8  # budgets that are tried
+PROBE_SHARE = 3  # of the time that is left, each may take the third part, the last ones more
 NEARLY = 5e-4
 MOST_NAMED = 8
 _named: dict[Problem, Schedule] = {}  # behind the least peaks that errors have named: who asks for one of them shall have it
@@ -65,6 +79,8 @@ def _solve(task: Task, solver: str = "auto") -> Solution:
         return replace(instead, status=f"{instead.status} ({note})", log=(*answer.log, note, *instead.log))
     if found is None:
         met = (answer.smallest,) if answer.smallest else ()
+        if answer.stopped and not task.out_of_time:  # somebody wants no more of it
+            task = replace(task, deadline=time.monotonic(), overtime=False)
         searched = met or not task.overtime
         least = smallest_schedule(replace(task, starts=(*task.starts, *met)), 0.0 if searched else LEAST_EFFORT_S)
         found = judge(task, [least])
@@ -142,12 +158,16 @@ def frontier(
     high_bytes = simulate(problem, plain).peak_bytes
     share_s = time_limit_s / points
     found = [solve(problem, high_bytes)]
+    if points == 1:
+        return tuple(found)
     least = least_peak(problem, time_limit_s=share_s, starts=starts, progress=progress)
     known = [*starts, least.schedule]
     low_bytes = least.timeline.peak_bytes
     for k in range(1, points):  # the least peak once more, from what is known then
         budget_bytes = high_bytes - (high_bytes - low_bytes) * k // (points - 1)
         until = time.monotonic() + max(0.0, deadline - time.monotonic()) / (points - k)
+        if (found[-1] if k > 1 else least).interrupted:
+            break
         found.append(_solve(Task(problem, budget_bytes, tuple(known), until, progress, share_s)))
         known.append(found[-1].schedule)
     return _monotone([*found, least])
@@ -163,12 +183,25 @@ def _monotone(solutions: list[Solution]) -> tuple[Solution, ...]:
 
 
 def _least_within(task: Task, max_overhead: float) -> Solution:
-    """Close in on the budget, between what the lower bound rules out and the plain peak, each schedule a start for the next."""
-    problem, compiled = task.problem, compile_problem(task.problem)
-    plain_bytes = simulate(problem, plain_schedule(problem)).peak_bytes
-    best, task = solve(problem, plain_bytes), replace(task, overtime=False)
-    low_bytes, low_overhead = _ruled_out(compiled, max_overhead, plain_bytes), math.inf
-    enough_s, starts, missed = max_overhead * problem.plain_time_s, list(task.starts), False
+    """The budget is closed in on; then less extra time is looked for at the peak that was found."""
+    problem, task = task.problem, replace(task, overtime=False)
+    plain = solve(problem, simulate(problem, plain_schedule(problem)).peak_bytes)
+    plain_bytes = plain.timeline.peak_bytes
+    impossible_bytes = _ruled_out(problem, max_overhead, plain_bytes, time.monotonic() + task.limit_s / PROBES)
+    best, impossible_bytes = _close_in(task, max_overhead, impossible_bytes, plain)
+    cut_short = BY_INTERRUPT if best.interrupted else BY_TIME_LIMIT if task.out_of_time else ""
+    if best.timeline.overhead > 0 and not cut_short:
+        left_s, peak_bytes = task.deadline - time.monotonic(), best.timeline.peak_bytes
+        best = _solve(replace(task, budget_bytes=peak_bytes, starts=(best.schedule,), limit_s=left_s, with_peers=False))
+    proven = best.timeline.peak_bytes <= impossible_bytes + NEARLY * plain_bytes
+    return replace(best, status=with_reason("optimal" if proven else "feasible", cut_short))
+
+
+def _close_in(task: Task, max_overhead: float, impossible_bytes: int, best: Solution) -> tuple[Solution, int]:
+    """The least peak that is found between a budget that is too small and a solution, each schedule a start for the next; and
+    the largest budget that is known to be too small."""
+    plain_bytes, starts, low_bytes, low_overhead = best.timeline.peak_bytes, list(task.starts), impossible_bytes, math.inf
+    task, missed = replace(task, enough_s=max_overhead * task.problem.plain_time_s), False
     for k in range(PROBES):
         probe, room_bytes = low_bytes + (plain_bytes - low_bytes) // 16, best.timeline.peak_bytes - low_bytes
         if k:
@@ -176,10 +209,10 @@ def _least_within(task: Task, max_overhead: float) -> Solution:
                 break
             part = 0.5 if missed else _crossing(low_overhead, best.timeline.overhead, max_overhead)
             probe = low_bytes + int(part * room_bytes)
+        share_s = max(0.0, task.deadline - time.monotonic()) / min(PROBES - k, PROBE_SHARE)
+        within = dict(budget_bytes=probe, starts=tuple(starts), deadline=time.monotonic() + share_s, limit_s=share_s)
         try:
-            share_s = max(0.0, task.deadline - time.monotonic()) / min(PROBES - k, PATIENT)
-            within = dict(budget_bytes=probe, starts=tuple(starts), deadline=time.monotonic() + share_s, limit_s=share_s)
-            found = _solve(replace(task, **within, enough_s=enough_s, with_peers=k == 0))
+            found = _solve(replace(task, **within))
         except InfeasibleBudgetError as error:
             low_bytes, low_overhead = max(low_bytes, min(error.min_budget_bytes, best.timeline.peak_bytes) - 1), math.inf
             continue
@@ -187,9 +220,14 @@ def _least_within(task: Task, max_overhead: float) -> Solution:
         missed = k > 0 and found.timeline.overhead > max_overhead
         if found.timeline.overhead <= max_overhead:
             best = min(best, found, key=lambda s: s.timeline.peak_bytes)
+            task = replace(task, with_peers=False)  # theirs are not as good
         else:
             low_bytes, low_overhead = probe, found.timeline.overhead
-    return best
+        if found.lower_bound_overhead > max_overhead:
+            impossible_bytes = max(impossible_bytes, probe)
+        if found.interrupted:
+            return replace(best, interrupted=True), impossible_bytes
+    return best, impossible_bytes
 
 
 def _crossing(low_overhead: float, high_overhead: float, max_overhead: float) -> float:
@@ -199,13 +237,15 @@ def _crossing(low_overhead: float, high_overhead: float, max_overhead: float) ->
     return min(0.5, max(0.125, (low_overhead - max_overhead) / way)) if math.isfinite(way) else 0.5
 
 
-def _ruled_out(compiled: Compiled, max_overhead: float, high_bytes: int) -> int:
+def _ruled_out(problem: Problem, max_overhead: float, high_bytes: int, deadline: float) -> int:
     """A budget that no schedule of that extra time can meet, nearly the largest that the one-window bound tells."""
-    most_s = max_overhead * compiled.problem.plain_time_s * (1 + 1e-5)
-    low_bytes = least_possible_bytes(compiled.problem, compiled) - 1
-    while high_bytes - low_bytes > 1 + high_bytes // 256:
+    compiled, most_s = compile_problem(problem), max_overhead * problem.plain_time_s * (1 + 1e-5)
+    low_bytes = least_possible_bytes(problem, compiled) - 1
+    if Relaxation(compiled, high_bytes).variables > MOST_VARIABLES:
+        return low_bytes
+    while high_bytes - low_bytes > 1 + high_bytes // 256 and time.monotonic() < deadline:
         middle = (low_bytes + high_bytes) // 2
-        outcome = Relaxation(compiled, middle).solve(math.inf)
+        outcome = Relaxation(compiled, middle).solve(deadline)
         if outcome.bound > most_s:
             low_bytes = middle
         else:
@@ -216,5 +256,7 @@ def _ruled_out(compiled: Compiled, max_overhead: float, high_bytes: int) -> int:
 def _solution(task: Task, answer: Answer, solver: str, begin: float) -> Solution:
     timeline = simulate(task.problem, answer.schedule)
     bound = min(answer.lower_bound_overhead, timeline.overhead)
-    status = describe(timeline.overhead, bound, answer.proven or timeline.overhead <= 0, answer.stopped)
-    return Solution(answer.schedule, timeline, bound, status, solver, time.monotonic() - begin, answer.log)
+    interrupted = answer.stopped and not task.out_of_time
+    cut_short = BY_INTERRUPT if interrupted else BY_TIME_LIMIT if answer.stopped else ""
+    status = describe(timeline.overhead, bound, answer.proven or timeline.overhead <= 0, cut_short)
+    return Solution(answer.schedule, timeline, bound, status, solver, time.monotonic() - begin, answer.log, interrupted)

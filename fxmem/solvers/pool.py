@@ -8,6 +8,7 @@ if the second process fails, its runs are made here.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import pickle
 import subprocess
@@ -25,6 +26,7 @@ log = logging.getLogger(__name__)
 WORTHWHILE_S = 3.0  # the second process takes a few seconds to start
 MOVE_STAGE_S = 2e-6  # seconds of one move, for each stage of the backward
 PACK_MOVES = 10_000  # that packing takes as long as
+GRACE_S = 30.0  # behind the deadline: a process that says nothing by then hangs
 
 
 class Pool:
@@ -46,7 +48,7 @@ class Pool:
         away = list(runs[1::2]) if (worthwhile and _cores() > 1 and self._start()) else []
         returned: list[Incumbent] = []
         # Pickled before anything runs here: runs share what they remember of the problem, and that grows.
-        question = pickle.dumps((away, deadline - time.monotonic())) if away else b""
+        question = pickle.dumps((away, time.time() + deadline - time.monotonic())) if away else b""
         thread = threading.Thread(target=self._ask, args=(question, returned), daemon=True)
         if away:
             thread.start()
@@ -55,7 +57,7 @@ class Pool:
             return here
         interrupted = any(i.stopped for i in here) and time.monotonic() < deadline
         try:
-            thread.join(1.0 if interrupted else None)
+            thread.join(1.0 if interrupted else _patience(deadline))
         except KeyboardInterrupt:
             interrupted = True
             for incumbent in here:
@@ -101,6 +103,11 @@ class Pool:
             self.process = None
 
 
+def _patience(deadline: float) -> float | None:
+    """Seconds to wait for the second process: it sees the deadline between two moves, or when a program of packing ends."""
+    return None if math.isinf(deadline) else max(0.0, deadline - time.monotonic()) + GRACE_S
+
+
 def _anneal_all(runs: Sequence[Run], deadline: float, progress: Progress | None = None) -> list[Incumbent]:
     """One run after the other; after one that was interrupted, none."""
     found: list[Incumbent] = []
@@ -111,13 +118,13 @@ def _anneal_all(runs: Sequence[Run], deadline: float, progress: Progress | None 
 
 
 def serve() -> None:
-    """The second process: lists of runs with the seconds left for them come in, lists of incumbents go out, until the end."""
+    """The second process: lists of runs with the time of day to stop at come in, lists of incumbents go out, until the end."""
     source, sink = sys.stdin.buffer, os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what libraries print must not come between the pickles
     while True:
         try:
-            runs, left_s = pickle.load(source)
-            deadline = time.monotonic() + left_s
+            runs, until = pickle.load(source)
+            deadline = time.monotonic() + until - time.time()
             pickle.dump(_anneal_all(runs, deadline), sink)
             sink.flush()
         except (EOFError, OSError, KeyboardInterrupt):

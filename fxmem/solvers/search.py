@@ -150,13 +150,12 @@ class _Search:
         best = self._advice_packed()
         if more_starts and not best.stopped and not self._is_settled(best):
             best = self._more_packed(best, *more_starts(best.time_s))
-        interrupted = best.stopped and not self.task.out_of_time
-        if interrupted or self._is_settled(best) or (best.stopped and best.desired is not None):
+        if self._is_interrupted(best) or self._is_settled(best) or (best.stopped and best.desired is not None):
             return best
         runs, patience = self._worthwhile(best, thorough)
         if runs and not best.stopped:
             best = better([best, self._round(runs)])
-        if best.desired is None and thorough:
+        if best.desired is None and thorough and not self._is_interrupted(best):
             deadline = math.inf if self.task.overtime else self.task.deadline
             best = squeeze(self.task, self.compiled, self.budget_bytes, best, self.pool, deadline)
         if best.desired is None:
@@ -194,6 +193,9 @@ class _Search:
             return best
         return better([best, *self._packed([own.desired or own.smallest])])
 
+    def _is_interrupted(self, best: Incumbent) -> bool:
+        return best.stopped and not self.task.out_of_time
+
     def _is_settled(self, best: Incumbent) -> bool:
         """Whether what was found is as good as the bound, or good enough."""
         settled_s = max(self.task.bound_s + SETTLED * self.unit_s, self.task.enough_s)
@@ -201,7 +203,7 @@ class _Search:
 
     def _worthwhile(self, best: Incumbent, thorough: bool) -> tuple[list[Run], int]:
         """The runs from the advice, and how many idle rounds to bear after them."""
-        runs, patience = _varied(self.fresh), max(1, int(self.task.limit_s / IDLE_ROUNDS_S))
+        runs, patience = _varied(self.fresh, len(self.compiled.stages)), max(1, int(self.task.limit_s / IDLE_ROUNDS_S))
         if best.desired is None:
             return runs, patience
         if not thorough or best.time_s <= self.task.bound_s * (1 + NEAR):
@@ -249,9 +251,9 @@ def _seeds(run: Run) -> list[Run]:
     return [replace(run, seed=run.seed + k) for k in range(SEEDS)]
 
 
-def _varied(run: Run) -> list[Run]:
+def _varied(run: Run, stages: int) -> list[Run]:
     """The runs that begin from the advice, as many as the number of stages allows."""
-    count = min(len(FRESH), RUNS_X_STAGES // len(compile_problem(run.problem).stages))
+    count = min(len(FRESH), RUNS_X_STAGES // stages)
     if run.problem.encoders:  # a move takes longer there
         count //= 2
     varied = FRESH[: max(LEAST_RUNS, count)]
