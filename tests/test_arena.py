@@ -209,6 +209,15 @@ def test_a_smaller_last_batch_has_an_arena_of_its_own_and_the_only_one():
     assert not any(kept())
 
 
+def test_nothing_is_in_place_in_inference_either_where_that_is_not_wanted():
+    chain = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 8))
+    x, pairs = torch.randn(64, 64), {}
+    for inplace in (True, False):
+        plan = fxmem.transform(chain, (x,), arena=True, inplace=inplace).inference_plan(x)
+        pairs[inplace] = [operator.inplace for operator in plan.problem.operators if operator.inplace]
+    assert pairs[True] and not pairs[False]
+
+
 def test_an_arena_that_cannot_be_allocated(monkeypatch):
     plain, planned = planned_pair()
     size_bytes = planned.plan.arena.arena_bytes

@@ -199,6 +199,12 @@ def test_overheads_that_cannot_be_read(overhead):
         fxmem.plan(module, X, max_overhead=overhead)
 
 
+@pytest.mark.parametrize("asked", [{"budget": "min"}, {"max_overhead": 0.1}], ids=str)
+def test_solvers_that_do_not_serve_such_a_budget(asked):
+    with refused(module := TwoHeads(), fxmem.BudgetError, "solver='milp'", "leave solver='auto'"):
+        fxmem.plan(module, X, solver="milp", **asked)
+
+
 def test_both_a_budget_and_an_overhead():
     with refused(module := TwoHeads(), fxmem.BudgetError, "both", "'4GB'", "0.1"):
         fxmem.transform(module, X, budget="4GB", max_overhead=0.1)

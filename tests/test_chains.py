@@ -15,6 +15,7 @@ from fxmem.checking import force
 from fxmem.cost import MeasuredCost, OpCall, RooflineCost
 from fxmem.implementations import IMPLEMENTATIONS, programs
 from fxmem.prepared import prepare
+from fxmem.torch_internals import COMPILE_ERRORS
 
 aten = torch.ops.aten
 
@@ -140,6 +141,38 @@ def test_a_kernel_that_gives_other_bits_is_not_used(kernel, message, monkeypatch
             assert torch.equal(programs.chain(operands(), PROGRAM, True), plain(*operands()))
     (record,) = caplog.records
     assert message in record.getMessage()
+
+
+def test_a_kernel_that_cannot_be_made_for_other_sizes(monkeypatch, caplog):
+    calls = []
+
+    def kernel(*given):
+        calls.append(given)
+        if len(calls) > 1:
+            raise COMPILE_ERRORS[1]("too many kernels")
+        return plain(*given)
+
+    monkeypatch.setattr(programs, "_trusted", {})
+    monkeypatch.setattr(programs, "_generated", lambda program: kernel)
+    with caplog.at_level(logging.WARNING, "fxmem"):
+        for _ in range(2):
+            assert torch.equal(programs.chain(operands(), PROGRAM, True), plain(*operands()))
+    (record,) = caplog.records
+    assert "too many kernels" in record.getMessage() and len(calls) == 2
+
+
+def test_each_pattern_of_sizes_and_strides_is_tried(monkeypatch):
+    """With infinities and NaN, rows of features too."""
+    rows, tried = [torch.randn(6, 4), torch.randn(6, 4), torch.randn(4)], []
+    small = programs._small(rows)
+    assert [t.shape for t in small] == [(5, 8), (5, 8), (8,)] and all(t.isnan().any() and t.isinf().any() for t in small[:2])
+    assert not small[2].isnan().any()
+    monkeypatch.setattr(programs, "_trusted", {})
+    monkeypatch.setattr(programs, "_is_right", lambda program, exact, given: bool(tried.append(given)))
+    program = "y0 = aten.add.Tensor(x0, x1); aten.relu.default(y0)"
+    for pair in ((rows[0], rows[1]), (rows[0][:3], rows[1][:3]), (rows[0].t(), rows[1].t()), (rows[0], rows[1][:, :1])):
+        assert torch.equal(programs.chain(list(pair), program, True), torch.relu(pair[0] + pair[1]))
+    assert len(tried) == 3
 
 
 def test_what_a_chain_costs():

@@ -126,6 +126,7 @@ def test_a_failing_step_leaves_the_module_as_it_was():
     [
         (lambda: measure(nn.ReLU(), (torch.zeros(2),)), "no output of ReLU requires grad"),
         (lambda: measure(Chain(), (torch.zeros(1024),), repeats=0), "at least one repeat"),
+        (lambda: measure_pair(Chain(), Chain(), (torch.zeros(1024),), repeats=0), "at least one repeat"),
         (lambda: measure(Chain(), (torch.zeros(1024, device="meta"),)), "several devices \\(cpu, meta\\)"),
         (lambda: measure(Chain(), (torch.zeros(1024),), output_gradients=[]), "0 output gradients were given for 1 output"),
     ],

@@ -228,6 +228,13 @@ def test_csv_is_written_as_it_is_read(tmp_path):
     assert (tmp_path / "a.csv").read_text() == (FOLDER / "A.1048576.csv").read_text()
 
 
+def test_csv_that_cannot_be_written(tmp_path):
+    for path, offsets, message in (("a.csv", [0], "1 offsets were given for 2"), ("no/a.csv", None, "cannot be written")):
+        with pytest.raises(OffsetError, match=message):
+            write_csv(tmp_path / path, intervals_of((0, 3, 4), (1, 2, 5)), offsets)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -214,6 +214,10 @@ def test_an_interrupted_exact_program_leaves_the_best_of_the_others(monkeypatch)
     monkeypatch.setattr(auto, "milp", interrupt)
     solution = solve(chain(7), 60)
     assert solution.timeline.peak_bytes <= 60 and "milp: interrupted" in solution.log
+    assert solution.interrupted and solution.status.endswith("(interrupted)")
+    asked = []
+    monkeypatch.setattr(auto, "milp", lambda task: asked.append(task) or interrupt(task))
+    assert least_peak(chain(7), max_overhead=0.2).interrupted and len(asked) == 1  # and no other budget is tried
 
 
 def test_nothing_is_printed():
@@ -271,6 +275,10 @@ def test_memory_is_paid_for_by_a_slower_alternative_where_that_costs_least():
         found = solve(problem, peak_bytes - 10, solver=solver)
         assert found.timeline.time_s - problem.plain_time_s == pytest.approx(0.1), solver
         assert sum("slow" in problem.operators[p].name for p in found.schedule.steps) == 1
+
+
+def test_a_frontier_of_one_point():
+    assert [s.timeline.overhead for s in frontier(chain(5), 1)] == [0.0]
 
 
 def test_nothing_to_recompute_but_a_slower_way_that_takes_less():

@@ -54,7 +54,8 @@ def solve(
     A solver that finds nothing is stood in for by "auto"; the status says so.
 
     Raises InfeasibleBudgetError where no schedule that fits is found, with the peak that `least_peak` reaches; FxmemError for
-    an unknown solver.
+    an unknown solver; KeyboardInterrupt where somebody interrupts it before it has a schedule that fits: later, it is the
+    answer, and says so.
     """
     deadline = time.monotonic() + time_limit_s
     return _solve(Task(problem, budget_bytes, tuple(starts), deadline, progress, time_limit_s), solver)
@@ -79,8 +80,8 @@ def _solve(task: Task, solver: str = "auto") -> Solution:
         return replace(instead, status=f"{instead.status} ({note})", log=(*answer.log, note, *instead.log))
     if found is None:
         met = (answer.smallest,) if answer.smallest else ()
-        if answer.stopped and not task.out_of_time:  # somebody wants no more of it
-            task = replace(task, deadline=time.monotonic(), overtime=False)
+        if answer.stopped and not task.out_of_time:
+            raise KeyboardInterrupt  # there is nothing to give
         searched = met or not task.overtime
         least = smallest_schedule(replace(task, starts=(*task.starts, *met)), 0.0 if searched else LEAST_EFFORT_S)
         found = judge(task, [least])
@@ -216,6 +217,8 @@ def _close_in(task: Task, max_overhead: float, impossible_bytes: int, best: Solu
         except InfeasibleBudgetError as error:
             low_bytes, low_overhead = max(low_bytes, min(error.min_budget_bytes, best.timeline.peak_bytes) - 1), math.inf
             continue
+        except KeyboardInterrupt:
+            return replace(best, interrupted=True), impossible_bytes
         starts.append(found.schedule)
         missed = k > 0 and found.timeline.overhead > max_overhead
         if found.timeline.overhead <= max_overhead:
