@@ -19,6 +19,17 @@ import numpy as np
 # (PresolveRuleType) anew now and then; test_what_presolve_must_not_cut_off tells.
 DOUBLETON_EQUATIONS = 1 << 9
 
+# What presolves all the same where "presolve" is off: heuristics that solve a smaller program, and restarts. Presolve can go on
+# for ever on rows of many different coefficients, far beyond any time limit (HPresolve::strengthenInequalities of HiGHS 1.16, in
+# `packing` of a network of 398 layers).
+WITHOUT_PRESOLVE = {
+    "presolve": "off",
+    "mip_heuristic_run_rins": False,
+    "mip_heuristic_run_rens": False,
+    "mip_heuristic_run_root_reduced_cost": False,
+    "mip_allow_restart": False,
+}
+
 MEANING = {  # HiGHS's model status, in our words
     "kOptimal": "optimal",
     "kInfeasible": "infeasible",
@@ -68,7 +79,10 @@ def minimize(
     start: np.ndarray | None = None,
     presolve: bool = True,
 ) -> Outcome:
-    """Solve with HiGHS in this process; never raises for what HiGHS does."""
+    """Solve with HiGHS in this process; never raises for what HiGHS does.
+
+    presolve: False for large programs, see WITHOUT_PRESOLVE.
+    """
     left_s = deadline - time.monotonic()
     if left_s <= 0:
         return Outcome("time limit", None, -math.inf)
@@ -112,9 +126,10 @@ def _run(program: Program, left_s: float, most_nodes: int | None, start: np.ndar
         "mip_rel_gap": 1e-9,
         "mip_abs_gap": 1e-9,
         "random_seed": 0,
-        "presolve": "choose" if presolve else "off",
         "presolve_rule_off": DOUBLETON_EQUATIONS,
     }
+    if not presolve:
+        options |= WITHOUT_PRESOLVE
     if math.isfinite(left_s):
         options["time_limit"] = left_s
     if most_nodes is not None:
