@@ -290,24 +290,25 @@ def _twins(compiled: Compiled) -> list[tuple[int, int, int]]:
     """Runs of forward operators that repeat: (start of one, start of the other, length), both ways, longest possible."""
     problem, window = compiled.problem, 4
     sizes = [s.size_bytes for s in problem.storages]
-    marks = []
+    marks, numbers = [], {}
     for p in problem.forward:
         o = problem.operators[p]
         made = tuple((sizes[s], s in problem.outputs) for s in o.outputs)
-        marks.append((tuple(sizes[s] for s in o.inputs), made, o.time_s))
+        mark = tuple(sizes[s] for s in o.inputs), made, o.time_s
+        marks.append(numbers.setdefault(mark, len(numbers)))
     places: dict[tuple, list[int]] = {}
     for start in range(len(marks) - window + 1):
         places.setdefault(tuple(marks[start : start + window]), []).append(start)
     found, seen = [], set()
     for starts in places.values():
         for a, b in zip(starts, starts[1:], strict=False):
+            if (a, b) in seen:  # within a run that was found before
+                continue
             while a > 0 and marks[a - 1] == marks[b - 1]:
                 a, b = a - 1, b - 1
-            if (a, b) in seen:
-                continue
-            seen.add((a, b))
             length = 0
             while b + length < len(marks) and marks[a + length] == marks[b + length]:
+                seen.add((a + length, b + length))
                 length += 1
             found += [(a, b, length), (b, a, length)]
     return found
