@@ -51,7 +51,7 @@ def test_the_exact_program_is_the_best_of_its_class_at_every_budget(seed):
 
 
 def test_what_presolve_must_not_cut_off():
-    """HiGHS's presolve takes 5 s for the least, by a rule that `fxmem.solvers.highs` leaves out; making s3 again takes 4 s."""
+    """HiGHS's presolve takes 5 s for the least, by rule 9; `fxmem.solvers.highs` turns it off. Making s3 again takes 4 s."""
     sizes = (5, 5, 5, 7, 3, 3, 8, 5, 3, 2, 0, 2, 3, 1, 1, 1)
     kinds = ["parameter"] * 2 + ["activation"] * 7 + ["gradient"] * 7
     operators = (

@@ -14,15 +14,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# A rule of presolve that is left out: with integers among continuous variables it may cut the optimum off (HiGHS 1.14 and 1.15,
-# https://github.com/ERGO-Code/HiGHS/issues/3073), which would make bounds wrong and proofs void. HiGHS counts its rules
-# (PresolveRuleType) anew now and then; test_what_presolve_must_not_cut_off tells.
-DOUBLETON_EQUATIONS = 1 << 9
-
-# What presolves all the same where "presolve" is off: heuristics that solve a smaller program, and restarts. Presolve can go on
-# for ever on rows of many different coefficients, far beyond any time limit (HPresolve::strengthenInequalities of HiGHS 1.16, in
-# `packing` of a network of 398 layers).
-WITHOUT_PRESOLVE = {
+# For integer programs, presolve is off, wherever it hides: in heuristics that solve a smaller program, and in restarts. It may
+# cut the optimum off (rule 9, doubleton equations, of HiGHS 1.14 and 1.15, https://github.com/ERGO-Code/HiGHS/issues/3073; a
+# test holds that), which would make bounds wrong and proofs void; and on rows of many different coefficients it can go on for
+# ever, far beyond any time limit (HPresolve::strengthenInequalities of HiGHS 1.16). Bounds are as good without, and as fast.
+FOR_INTEGERS = {
     "presolve": "off",
     "mip_heuristic_run_rins": False,
     "mip_heuristic_run_rens": False,
@@ -77,17 +73,13 @@ def minimize(
     deadline: float = math.inf,
     most_nodes: int | None = None,
     start: np.ndarray | None = None,
-    presolve: bool = True,
 ) -> Outcome:
-    """Solve with HiGHS in this process; never raises for what HiGHS does.
-
-    presolve: False for large programs, see WITHOUT_PRESOLVE.
-    """
+    """Solve with HiGHS in this process; never raises for what HiGHS does."""
     left_s = deadline - time.monotonic()
     if left_s <= 0:
         return Outcome("time limit", None, -math.inf)
     try:
-        return _run(program, left_s, most_nodes, start, presolve)
+        return _run(program, left_s, most_nodes, start)
     except (ImportError, RuntimeError, ValueError, MemoryError) as error:
         return Outcome(f"error: {error}", None, -math.inf)
 
@@ -119,17 +111,16 @@ def highspy():
     return module
 
 
-def _run(program: Program, left_s: float, most_nodes: int | None, start: np.ndarray | None, presolve: bool) -> Outcome:
+def _run(program: Program, left_s: float, most_nodes: int | None, start: np.ndarray | None) -> Outcome:
     solver = highspy().Highs()
     options = {  # no "threads": HiGHS keeps one scheduler for the process and fails where a later call asks for another number
         "output_flag": False,
         "mip_rel_gap": 1e-9,
         "mip_abs_gap": 1e-9,
         "random_seed": 0,
-        "presolve_rule_off": DOUBLETON_EQUATIONS,
     }
-    if not presolve:
-        options |= WITHOUT_PRESOLVE
+    if program.integer.any():
+        options |= FOR_INTEGERS
     if math.isfinite(left_s):
         options["time_limit"] = left_s
     if most_nodes is not None:

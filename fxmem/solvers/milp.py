@@ -25,7 +25,7 @@ from ..problem import Problem
 from ..schedule import simulate
 from . import milp_model
 from .base import Answer, Task, judge, register_solver
-from .highs import DOUBLETON_EQUATIONS, highspy
+from .highs import FOR_INTEGERS, highspy
 from .stages import Compiled, compile_problem
 
 MOST_NODES = 4_000
@@ -94,7 +94,7 @@ def _solve(task: Task, compiled: Compiled, budget_bytes: int, most_overhead: flo
     if most_overhead is not None:
         constraints.append(cost @ binary <= most_overhead * (1 + 1e-9) + 1e-12)
     options = {"mip_rel_gap": 1e-7, "mip_abs_gap": 1e-9, "mip_max_nodes": MOST_NODES, "random_seed": 0}
-    options["presolve_rule_off"] = DOUBLETON_EQUATIONS
+    options |= FOR_INTEGERS
     if math.isfinite(left_s):
         options["time_limit"] = left_s
     program = cp.Problem(cp.Minimize(cost @ binary), constraints)

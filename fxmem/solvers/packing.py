@@ -170,7 +170,7 @@ class _Knapsack:
         integer = False
         for _ in range(MOST_CUTS):
             start = np.zeros(len(self.cost)) if integer else None
-            x = minimize(self._program(integer), deadline=deadline, most_nodes=MOST_NODES, start=start, presolve=False).x
+            x = minimize(self._program(integer), deadline=deadline, most_nodes=MOST_NODES, start=start).x
             if x is None:
                 return []
             over = (np.cumsum(self.steps @ (np.round(x) if integer else x)) - self.room) / self.unit
