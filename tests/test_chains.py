@@ -161,6 +161,15 @@ def test_a_kernel_that_cannot_be_made_for_other_sizes(monkeypatch, caplog):
     assert "too many kernels" in record.getMessage() and len(calls) == 2
 
 
+def test_parameters_of_other_sizes_share_a_kernel(monkeypatch):
+    """Of a parameter Dynamo fixes the sizes, so that each width would have a kernel of its own, up to a limit."""
+    given = []
+    monkeypatch.setattr(programs, "_trusted", {})
+    monkeypatch.setattr(programs, "_generated", lambda program: lambda *values: given.append(values) or plain(*values))
+    programs.chain([nn.Parameter(o) for o in operands()], PROGRAM, True)
+    assert given and not any(isinstance(o, nn.Parameter) for values in given for o in values)
+
+
 def test_each_pattern_of_sizes_and_strides_is_tried(monkeypatch):
     """With infinities and NaN, rows of features too."""
     rows, tried = [torch.randn(6, 4), torch.randn(6, 4), torch.randn(4)], []
