@@ -277,6 +277,16 @@ def test_memory_is_paid_for_by_a_slower_alternative_where_that_costs_least():
         assert sum("slow" in problem.operators[p].name for p in found.schedule.steps) == 1
 
 
+def test_a_limit_is_no_interrupt(monkeypatch):
+    """Though the time limit is far: milp counts nodes, for one."""
+    problem = chain(5)
+    plain = plain_schedule(problem)
+    monkeypatch.setitem(SOLVERS, "milp", lambda task: Answer(plain, stopped=True))
+    monkeypatch.setattr(driver, "plain_fits", lambda task: None)
+    solution = solve(problem, simulate(problem, plain).peak_bytes, solver="milp")
+    assert not solution.interrupted and "interrupted" not in solution.status
+
+
 def test_a_frontier_of_one_point():
     assert [s.timeline.overhead for s in frontier(chain(5), 1)] == [0.0]
 

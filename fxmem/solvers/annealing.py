@@ -49,6 +49,7 @@ class Incumbent:
     smallest: tuple[int, ...] | None = None
     smallest_bytes: int = 1 << 62
     stopped: bool = False
+    interrupted: bool = False
 
     def offer(self, state: State) -> None:
         """Note a state where it is the best in either sense."""
@@ -72,7 +73,7 @@ def anneal(run: Run, deadline: float = math.inf, progress: Callable[[str], None]
             best.stopped = pack(state, moves, deadline)
             best.offer(state)
     except KeyboardInterrupt:
-        best.stopped = True
+        best.stopped = best.interrupted = True
     return best
 
 

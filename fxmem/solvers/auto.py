@@ -47,7 +47,9 @@ def auto(task: Task) -> Answer:
     if binaries(task.problem, compiled) <= MOST_BINARIES:
         exact = _exact(task, found and found[0])
         if exact is None:
-            return Answer(found and found[0], task.bound_s / unit_s, stopped=True, log=(*log, "milp: interrupted"))
+            return Answer(
+                found and found[0], task.bound_s / unit_s, stopped=True, interrupted=True, log=(*log, "milp: interrupted")
+            )
         log += exact.log
         if exact.proven:
             return replace(exact, log=tuple(log))
@@ -106,7 +108,7 @@ class _Plainly:
         answer = search(alone, thorough=False)
         self.log += (f"without implementations: {line}" for line in (*log, *answer.log))
         self.found += [] if answer.schedule is None else [Schedule(tuple(kept[p] for p in answer.schedule.steps))]
-        return self.found, answer.stopped and not alone.out_of_time
+        return self.found, answer.interrupted
 
 
 def _peers(task: Task, compiled: Compiled, log: list[str]) -> list[Schedule]:

@@ -66,7 +66,8 @@ class Task:
 class Answer:
     """What a solver found: the best schedule or None, a valid lower bound on its overhead, and whether it was cut short.
 
-    smallest: where nothing fits, the schedule of the least peak that a search for it met.
+    smallest: where nothing fits, the schedule of the least peak that a search for it met. interrupted: cut short by somebody
+    who wants no more of it, rather than by a limit.
     """
 
     schedule: Schedule | None
@@ -75,6 +76,7 @@ class Answer:
     stopped: bool = False
     log: tuple[str, ...] = field(default_factory=tuple)
     smallest: Schedule | None = None
+    interrupted: bool = False
 
 
 Solver = Callable[[Task], Answer]

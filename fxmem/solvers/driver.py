@@ -80,7 +80,7 @@ def _solve(task: Task, solver: str = "auto") -> Solution:
         return replace(instead, status=f"{instead.status} ({note})", log=(*answer.log, note, *instead.log))
     if found is None:
         met = (answer.smallest,) if answer.smallest else ()
-        if answer.stopped and not task.out_of_time:
+        if answer.interrupted:
             raise KeyboardInterrupt  # there is nothing to give
         searched = met or not task.overtime
         least = smallest_schedule(replace(task, starts=(*task.starts, *met)), 0.0 if searched else LEAST_EFFORT_S)
@@ -259,7 +259,6 @@ def _ruled_out(problem: Problem, max_overhead: float, high_bytes: int, deadline:
 def _solution(task: Task, answer: Answer, solver: str, begin: float) -> Solution:
     timeline = simulate(task.problem, answer.schedule)
     bound = min(answer.lower_bound_overhead, timeline.overhead)
-    interrupted = answer.stopped and not task.out_of_time
-    cut_short = BY_INTERRUPT if interrupted else BY_TIME_LIMIT if answer.stopped else ""
+    cut_short = BY_INTERRUPT if answer.interrupted else BY_TIME_LIMIT if answer.stopped else ""
     status = describe(timeline.overhead, bound, answer.proven or timeline.overhead <= 0, cut_short)
-    return Solution(answer.schedule, timeline, bound, status, solver, time.monotonic() - begin, answer.log, interrupted)
+    return Solution(answer.schedule, timeline, bound, status, solver, time.monotonic() - begin, answer.log, answer.interrupted)

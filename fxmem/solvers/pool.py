@@ -61,7 +61,7 @@ class Pool:
         except KeyboardInterrupt:
             interrupted = True
             for incumbent in here:
-                incumbent.stopped = True
+                incumbent.stopped = incumbent.interrupted = True
         if len(returned) != len(away):
             log.debug("the second process did not answer; its runs are made in this one")
             self._stop()

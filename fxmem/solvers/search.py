@@ -65,11 +65,12 @@ def search(task: Task, thorough: bool = True, more_starts: MoreStarts | None = N
             best = _Search(task, compiled, budget_bytes, pool, log).run(thorough, more_starts)
         if best.desired is None:
             smallest = State(compiled, budget_bytes, list(best.smallest)).schedule()
-            return Answer(None, stopped=best.stopped, log=tuple(log), smallest=smallest if thorough else None)
+            cut = dict(stopped=best.stopped, interrupted=best.interrupted)
+            return Answer(None, **cut, log=tuple(log), smallest=smallest if thorough else None)
         schedule = State(compiled, budget_bytes, list(best.desired)).schedule()
         excess_bytes = simulate(task.problem, schedule).peak_bytes - task.budget_bytes
         if excess_bytes <= 0:
-            return Answer(schedule, stopped=best.stopped, log=tuple(log))
+            return Answer(schedule, stopped=best.stopped, interrupted=best.interrupted, log=tuple(log))
         budget_bytes -= excess_bytes
         log.append(f"search: the replay needs {excess_bytes:,} bytes more; trying with a budget smaller by as much")
     return Answer(None, log=tuple(log))
@@ -132,8 +133,8 @@ def better(incumbents: list[Incumbent]) -> Incumbent:
     """The best in either sense; of equally good ones the earlier."""
     cheapest = min(incumbents, key=lambda i: i.time_s)
     smallest = min(incumbents, key=lambda i: i.smallest_bytes)
-    stopped = any(i.stopped for i in incumbents)
-    return Incumbent(cheapest.desired, cheapest.time_s, smallest.smallest, smallest.smallest_bytes, stopped)
+    stopped, interrupted = any(i.stopped for i in incumbents), any(i.interrupted for i in incumbents)
+    return Incumbent(cheapest.desired, cheapest.time_s, smallest.smallest, smallest.smallest_bytes, stopped, interrupted)
 
 
 class _Search:
@@ -150,12 +151,12 @@ class _Search:
         best = self._advice_packed()
         if more_starts and not best.stopped and not self._is_settled(best):
             best = self._more_packed(best, *more_starts(best.time_s))
-        if self._is_interrupted(best) or self._is_settled(best) or (best.stopped and best.desired is not None):
+        if best.interrupted or self._is_settled(best) or (best.stopped and best.desired is not None):
             return best
         runs, patience = self._worthwhile(best, thorough)
         if runs and not best.stopped:
             best = better([best, self._round(runs)])
-        if best.desired is None and thorough and not self._is_interrupted(best):
+        if best.desired is None and thorough and not best.interrupted:
             deadline = math.inf if self.task.overtime else self.task.deadline
             best = squeeze(self.task, self.compiled, self.budget_bytes, best, self.pool, deadline)
         if best.desired is None:
@@ -185,16 +186,13 @@ class _Search:
 
     def _more_packed(self, best: Incumbent, schedules: list[Schedule], interrupted: bool) -> Incumbent:
         """The best so far, or of some schedules, as they are and packed."""
-        own = Incumbent(stopped=interrupted)
+        own = Incumbent(stopped=interrupted, interrupted=interrupted)
         for schedule in schedules:
             own.offer(State(self.compiled, self.budget_bytes, desires(self.compiled, schedule)))
         best = better([best, own])
         if not schedules or interrupted or own.time_s > best.time_s * NOT_FAR:
             return best
         return better([best, *self._packed([own.desired or own.smallest])])
-
-    def _is_interrupted(self, best: Incumbent) -> bool:
-        return best.stopped and not self.task.out_of_time
 
     def _is_settled(self, best: Incumbent) -> bool:
         """Whether what was found is as good as the bound, or good enough."""
