@@ -158,7 +158,7 @@ class ArenaPool:
 
     def release(self) -> None:
         """Let go of the memory: now of what is kept, and of what is in use when its step is over."""
-        self._kept.clear()
+        self.keep_none()
         self._in_use = weakref.WeakSet()
 
     @property

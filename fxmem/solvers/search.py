@@ -201,12 +201,12 @@ class _Search:
 
     def _worthwhile(self, best: Incumbent, thorough: bool) -> tuple[list[Run], int]:
         """The runs from the advice, and how many idle rounds to bear after them."""
-        runs, patience = _varied(self.fresh, len(self.compiled.stages)), max(1, int(self.task.limit_s / IDLE_ROUNDS_S))
+        stages, patience = len(self.compiled.stages), max(1, int(self.task.limit_s / IDLE_ROUNDS_S))
+        runs = _varied(self.fresh, stages)
         if best.desired is None:
             return runs, patience
         if not thorough or best.time_s <= self.task.bound_s * (1 + NEAR):
             return runs[:SEEDS], min(1, patience - 1)
-        stages = len(self.compiled.stages)
         if best.time_s > self.task.bound_s * (1 + FAR):
             patience = max(patience, min(MOST_IDLE, IDLE_X_STAGES // stages))
         return ([] if stages > MOST_FOR_FRESH else runs), patience
