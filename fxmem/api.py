@@ -47,6 +47,7 @@ def transform(
     implementations: Sequence[str] | None = None,
     exactness: str = "bitwise",
     inplace: bool = True,
+    recompute: bool = True,
     arena: bool = False,
     plan: Plan | str | os.PathLike | None = None,
     cache_dir: str | os.PathLike | None = None,
@@ -66,11 +67,12 @@ def transform(
     output_gradients: which output leaves get gradients: None (the scalar ones if there are any, else all), "all", or indices.
     implementations: names in `fxmem.implementations.IMPLEMENTATIONS` that the solver may choose from: None (all), or a tuple of
         names; "-name" leaves one out, () leaves all out. exactness: "bitwise", or "accurate" to allow those too whose gradients
-        differ in the last bits. inplace: whether results may be written over operands that die.
+        differ in the last bits. inplace: whether results may be written over operands that die. recompute: False for a step in
+        which no operator runs twice, so that implementations and operators in place alone save memory.
     arena: whether results go into planned slices of one allocation that is kept from step to step, where operators can write
         there; inference, then, has a plan and an arena of its own.
     plan: instead of a budget, a Plan or the file of one (`Plan.save`) for this module and call: nothing is solved, and
-        output_gradients, implementations, exactness and inplace are the plan's.
+        output_gradients, implementations, exactness, inplace and recompute are the plan's.
     cache_dir: a folder where plans are kept from run to run; what was planned there before is not solved again (of a CostModel,
         the name counts).
     progress: False for silence; otherwise a line in the terminal tells what takes so long, where rich is installed.
@@ -79,9 +81,8 @@ def transform(
     Raises BudgetError, InfeasibleBudgetError, CaptureError, CostError, ImplementationError and PlanError, all of them
     FxmemError; `module` is then untouched.
     """
-    given, graph_options = None, dict(
-        output_gradients=output_gradients, implementations=implementations, exactness=exactness, inplace=inplace
-    )  # fmt: skip
+    given = None
+    graph_options = _graph_options(output_gradients, implementations, exactness, inplace, recompute)
     if plan is not None:
         given = given_plan(plan, budget, max_overhead)
         graph_options = {name: getattr(given.origin, name) for name in graph_options}
@@ -120,6 +121,7 @@ def plan(
     implementations: Sequence[str] | None = None,
     exactness: str = "bitwise",
     inplace: bool = True,
+    recompute: bool = True,
     cache_dir: str | os.PathLike | None = None,
     progress: bool | None = None,
 ) -> Plan:
@@ -128,9 +130,7 @@ def plan(
     Parameters and inputs may be fake or meta tensors, so that what no machine at hand can hold is planned on a laptop.
     `cost="measured"`, which is `transform`'s default, times operators one by one. Otherwise as for `transform`.
     """
-    graph_options = dict(
-        output_gradients=output_gradients, implementations=implementations, exactness=exactness, inplace=inplace
-    )
+    graph_options = _graph_options(output_gradients, implementations, exactness, inplace, recompute)
     question = Question(parse_budget(budget, max_overhead), cost, solver, time_limit_s, graph_options)
     module, args, kwargs = _example_call(module, example_inputs, example_kwargs)
     with showing(progress):
@@ -149,6 +149,7 @@ def frontier(
     implementations: Sequence[str] | None = None,
     exactness: str = "bitwise",
     inplace: bool = True,
+    recompute: bool = True,
     peers: Sequence[str] = (),
     progress: bool | None = None,
 ) -> Frontier:
@@ -162,9 +163,10 @@ def frontier(
     check_time_limit(time_limit_s)
     for name in peers:
         find_solver(name)
+    graph_options = _graph_options(output_gradients, implementations, exactness, inplace, recompute)
     module, args, kwargs = _example_call(module, example_inputs, example_kwargs)
     with showing(progress):
-        prepared = prepare(module, args, kwargs, cost, output_gradients, implementations, exactness, inplace)
+        prepared = prepare(module, args, kwargs, cost, **graph_options)
         phase("solving")
         chosen = choose_frontier([program.lowered.problem for program in prepared.programs], points, time_limit_s)
         found = tuple(prepared.programs[n].plan(solution, solution.timeline.peak_bytes) for n, solution in chosen)
@@ -194,6 +196,7 @@ def plans(
     implementations: Sequence[str] | None = None,
     exactness: str = "bitwise",
     inplace: bool = True,
+    recompute: bool = True,
     progress: bool | None = None,
 ) -> dict[tuple[str, float | str], Plan | InfeasibleBudgetError]:
     """Plans for several budgets and devices, from one capture: {(name of the cost model, budget): Plan}.
@@ -208,12 +211,13 @@ def plans(
     find_solver(solver)
     check_time_limit(time_limit_s)
     wanted = {budget: parse_budget(budget) for budget in budgets}
+    graph_options = _graph_options(output_gradients, implementations, exactness, inplace, recompute)
     module, args, kwargs = _example_call(module, example_inputs, example_kwargs)
     if not costs:
         raise CostError("costs=() was given; name one cost model or more")
     with showing(progress):
         found: dict[tuple[str, float | str], Plan | InfeasibleBudgetError] = {}
-        prepared = prepare(module, args, kwargs, costs[0], output_gradients, implementations, exactness, inplace)
+        prepared = prepare(module, args, kwargs, costs[0], **graph_options)
         for number, cost in enumerate(costs):
             prepared = prepared.under(cost) if number else prepared
             known: list[Plan] = []
@@ -254,6 +258,19 @@ def _example_call(
         return module, *canonical_call(module, tuple(args or ()), kwargs or {})
     except TypeError as error:
         raise CaptureError(f"the example inputs do not fit {type(module).__name__}.forward: {error}") from error
+
+
+def _graph_options(
+    output_gradients: Any, implementations: Sequence[str] | None, exactness: str, inplace: bool, recompute: bool
+) -> dict[str, Any]:
+    """What decides which operators there are, as `prepare` takes it, and as `Origin` holds it."""
+    return dict(
+        output_gradients=output_gradients,
+        implementations=implementations,
+        exactness=exactness,
+        inplace=inplace,
+        recompute=recompute,
+    )
 
 
 def _default_cost(module: nn.Module, args: tuple, kwargs: dict) -> str:

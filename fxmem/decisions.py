@@ -25,7 +25,7 @@ class Origin:
 
     fxmem, torch: versions. device: "cpu", "meta", or the GPU's name. mode: "train" or "eval".
     inputs: (where in the call, dtype and shape or value) of each leaf.
-    output_gradients, implementations, exactness, inplace: as given to `fxmem.transform`.
+    output_gradients, implementations, exactness, inplace, recompute: as given to `fxmem.transform`.
     """
 
     fxmem: str = ""
@@ -37,6 +37,7 @@ class Origin:
     implementations: tuple[str, ...] | None = None
     exactness: str = "bitwise"
     inplace: bool = True
+    recompute: bool = True
 
 
 @dataclass(frozen=True, repr=False)

@@ -37,6 +37,7 @@ from .passes import (
     UpdateBuffers,
 )
 from .passes.reorder import better_order
+from .problem import without_recompute
 from .progress import detail, phase
 from .schedule import Schedule
 from .solvers import Solution
@@ -75,7 +76,7 @@ class Prepared:
     def reordered(self) -> Prepared | None:
         """The same step with the backward in another order, where one needs less memory."""
         order = better_order(self.lowered)
-        return order and replace(self, lowered=lower(self.captured.joint, order), order=order)
+        return order and replace(self, lowered=_lowered(self.captured, self.origin, order), order=order)
 
     def joint(self) -> fx.GraphModule:
         """The joint graph in the order of this program, for good."""
@@ -112,7 +113,8 @@ class Prepared:
         elsewhere = _on_gpu(model) != _on_gpu(self.cost_model)
         baseline = _baseline(self.captured, model) if elsewhere else self.baseline
         rewritten = self.rewritten and self.rewritten.under(model)
-        return replace(self, lowered=lower(self.captured.joint), baseline=baseline, cost_model=model, rewritten=rewritten)
+        lowered = _lowered(self.captured, self.origin)
+        return replace(self, lowered=lowered, baseline=baseline, cost_model=model, rewritten=rewritten)
 
     def partitioner_schedules(self) -> tuple[Schedule, ...]:
         """What PyTorch's own partitioner would do with this step (see `torch_budget`)."""
@@ -128,6 +130,7 @@ def prepare(
     implementations: Sequence[str] | None = None,
     exactness: str = "bitwise",
     inplace: bool = True,
+    recompute: bool = True,
     everywhere: bool = False,
 ) -> Prepared:
     """Capture a module and run every pass that needs no budget. everywhere: see `OfferImplementations`."""
@@ -150,6 +153,7 @@ def prepare(
         implementations=None if implementations is None else tuple(implementations),
         exactness=exactness,
         inplace=inplace,
+        recompute=recompute,
     )
     phase("capturing")
     captured = capture(module, args, kwargs, output_gradients)
@@ -165,7 +169,7 @@ def prepare(
         for graph_pass in passes:
             detail(f"Costs, {model.name}" if isinstance(graph_pass, Costs) else type(graph_pass).__name__)
             graph_pass(captured.joint)
-        lowered = lower(captured.joint)
+        lowered = _lowered(captured, origin)
         baseline, seconds = baseline or _baseline(captured, model), time.perf_counter() - started
         return Prepared(type(module).__name__, captured, device, lowered, baseline, model, seconds, origin)
 
@@ -175,6 +179,11 @@ def prepare(
     rewrite(other.joint)
     rewritten = finish(other, plain.baseline)
     return replace(plain, rewritten=rewritten, seconds=rewritten.seconds)
+
+
+def _lowered(captured: Capture, origin: Origin, order: Order | None = None) -> Lowered:
+    lowered = lower(captured.joint, order)
+    return lowered if origin.recompute else replace(lowered, problem=without_recompute(lowered.problem))
 
 
 def _annotations(device: torch.device | None, model: CostModel, offer: Pass, inplace: bool) -> tuple[Pass, ...]:

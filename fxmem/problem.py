@@ -179,6 +179,18 @@ def without_implementations(problem: Problem) -> tuple[Problem, tuple[int, ...]]
     return replace(problem, storages=storages, operators=tuple(operators), outputs=outputs), tuple(left)
 
 
+def without_recompute(problem: Problem) -> Problem:
+    """The same step where no forward operator runs twice: variants may run that read nothing but what encoders have kept."""
+    codes = {s for p in problem.encoders for s in problem.operators[p].outputs}
+
+    def decodes(variant: int) -> bool:
+        return codes.issuperset(s for s in problem.operators[variant].inputs if problem.producers[s])
+
+    once = {*problem.forward, *(p for p in problem.variants if not decodes(p))}
+    operators = (replace(o, recomputable=False) if p in once else o for p, o in enumerate(problem.operators))
+    return replace(problem, operators=tuple(operators))
+
+
 def _reads_its_own(problem: Problem, variant: int) -> bool:
     """Whether a variant begins from another result of the operator that it stands for, as dropout does from its mask."""
     operator = problem.operators[variant]

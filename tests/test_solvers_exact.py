@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fxmem.errors import InfeasibleBudgetError
-from fxmem.problem import Operator, Problem, Storage
+from fxmem.problem import Operator, Problem, Storage, without_recompute
 from fxmem.schedule import simulate
 from fxmem.solvers import solve
 from fxmem.solvers.annealing import Run, anneal
@@ -85,6 +85,19 @@ def test_auto_is_as_good_as_the_class(seed):
         solution = solve(problem, budget_bytes)
         assert solution.timeline.peak_bytes <= budget_bytes
         assert solution.timeline.time_s - problem.plain_time_s <= best_s + 1e-6
+
+
+@some(25)
+@given(seeds)
+def test_without_recompute_as_good_as_the_class_and_nothing_runs_twice(seed):
+    problem = without_recompute(small_problem(seed))
+    for budget_bytes, best_s in frontier(problem, ordered=True).items():
+        if math.isinf(best_s):
+            break
+        solution = solve(problem, budget_bytes)
+        assert solution.timeline.peak_bytes <= budget_bytes
+        assert solution.timeline.time_s - problem.plain_time_s <= best_s + 1e-6
+        assert all(solution.schedule.steps.count(p) == 1 for p in problem.forward)
 
 
 @some(25)
