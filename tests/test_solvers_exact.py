@@ -20,6 +20,7 @@ from fxmem.solvers.bound import knapsack, lower_bound
 from fxmem.solvers.lift import lift
 from fxmem.solvers.milp import milp
 from fxmem.solvers.moves import Moves
+from fxmem.solvers.search import search
 from fxmem.solvers.stages import compile_problem
 from fxmem.solvers.state import State, desires, least_possible_bytes
 
@@ -97,6 +98,7 @@ def test_without_recompute_as_good_as_the_class_and_nothing_runs_twice(seed):
         solution = solve(problem, budget_bytes)
         assert solution.timeline.peak_bytes <= budget_bytes
         assert solution.timeline.time_s - problem.plain_time_s <= best_s + 1e-6
+        assert search(Task(problem, budget_bytes)).schedule is not None
         assert all(solution.schedule.steps.count(p) == 1 for p in problem.forward)
 
 
@@ -130,6 +132,7 @@ def test_no_schedule_exists_where_one_is_refused_below_the_floor(seed):
 def test_the_incremental_evaluation_is_the_simulator(seed):
     rng = Random(seed)
     problem = random_problem(rng, most_forward=9)
+    problem = without_recompute(problem) if rng.random() < 0.3 else problem
     compiled = compile_problem(problem)
     state = State(compiled, problem.fixed_bytes + 10)
     fresh = State(compiled, state.budget_bytes)

@@ -6,6 +6,7 @@ given what is there, just in time.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -54,21 +55,24 @@ class Walks:
         return walk
 
     def _cheapest(self, t: int, alive: int) -> Walk:
-        """By the stage's cheapest option, the first of equals; what it finds encoded counts with what that took. Where thrift
-        is wished for and there is a thrifty option, by that one."""
-        stage, looked, best, best_s = self.compiled.stages[t], 0, None, 0.0
+        """By the stage's cheapest option, the first of equals; what it finds encoded counts with what that took. One that reads
+        what nothing makes again, and nobody wants to carry, comes last: that is carried all the same, if it must be. Where
+        thrift is wished for and there is a thrifty option, by that one."""
+        stage, looked, best, least = self.compiled.stages[t], 0, None, (True, math.inf)
+        unwanted = self.compiled.optional & ~alive
         ends = stage.quickest
         if stage.thrifty is not None:
             looked = self.compiled.thrift
             ends = (stage.thrifty,) if alive & looked else ends
         for end in ends:
             option = stage.options[end]
-            walk = self._by(option, end, alive)
+            walk = self._by(option, end, alive | unwanted)
             looked |= walk.touched
             encoded = members(option.needs & alive) if self._encoding_s and len(ends) > 1 else ()
             paid_s = walk.seconds + sum(self._encoding_s.get(1 << k, 0.0) for k in encoded)
-            if best is None or paid_s < best_s - 1e-12:
-                best, best_s = walk, paid_s
+            reluctant = bool(option.needs & unwanted)
+            if best is None or (reluctant, paid_s + 1e-12) < least:
+                best, least = walk, (reluctant, paid_s)
         return best._replace(touched=looked)
 
     def _by(self, option: Option, end: int, have: int) -> Walk:
