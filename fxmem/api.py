@@ -27,7 +27,7 @@ from .planning import Question, decide, given_plan, none_better, solve_for
 from .prepared import Prepared, prepare
 from .progress import phase, showing
 from .solvers import find_solver, solve_alone
-from .solving import choose_frontier
+from .solving import check_solver, choose_frontier
 from .torch_internals import FakeTensor, pytree
 
 log = logging.getLogger(__name__)
@@ -208,9 +208,9 @@ def plans(
         raise BudgetError(f"budgets={budgets!r} was given; give several, as in budgets=(0.7, 0.5)")
     if isinstance(costs, str) or not isinstance(costs, Iterable):
         raise CostError(f'costs={costs!r} was given; give several, as in costs=("P100", "H100")')
-    find_solver(solver)
     check_time_limit(time_limit_s)
     wanted = {budget: parse_budget(budget) for budget in budgets}
+    check_solver(solver, *wanted.values())
     graph_options = _graph_options(output_gradients, implementations, exactness, inplace, recompute)
     module, args, kwargs = _example_call(module, example_inputs, example_kwargs)
     if not costs:

@@ -18,9 +18,8 @@ from .decisions import Plan
 from .errors import BudgetError, PlanError
 from .prepared import Prepared, prepare
 from .saving import cache_path, check_fits, load_plan
-from .solvers import find_solver
 from .solvers.base import BY_TIME_LIMIT, describe
-from .solving import choose_program, unsolved
+from .solving import check_solver, choose_program, unsolved
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +39,7 @@ def decide(
     module: nn.Module, args: tuple, kwargs: dict, question: Question, given: Plan | None, cache_dir: str | os.PathLike | None
 ) -> tuple[Prepared, Plan]:
     """The plan for a question: the given one, one from the cache, or one that is solved for now; and the program it is of."""
-    find_solver(question.solver)
+    check_solver(question.solver, *(() if given else (question.budget,)))
     check_time_limit(question.time_limit_s)
     if not (cache_dir is None or isinstance(cache_dir, str | os.PathLike)):
         raise PlanError(f"cache_dir={cache_dir!r} was given; it is the path of a folder")

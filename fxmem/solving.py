@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -12,7 +13,7 @@ from .errors import BudgetError, InfeasibleBudgetError
 from .problem import Problem
 from .progress import detail, phase
 from .schedule import Schedule, plain_schedule, simulate
-from .solvers import Solution, frontier, least_peak, solve
+from .solvers import Solution, find_solver, frontier, least_peak, solve
 from .solvers.bound import MOST_VARIABLES, Relaxation
 from .solvers.driver import NEARLY
 from .solvers.stages import compile_problem
@@ -27,6 +28,16 @@ def unsolved(problem: Problem) -> Solution:
     return Solution(plain, simulate(problem, plain), 0.0, "optimal", "none", 0.0)
 
 
+def check_solver(solver: str, *budgets: Budget) -> None:
+    """Raise FxmemError for a solver that nobody knows, and BudgetError for one that does not serve such budgets."""
+    find_solver(solver)
+    if solver != "auto" and any(budget.least or budget.max_overhead is not None for budget in budgets):
+        raise BudgetError(
+            f"solver={solver!r} was given: it looks for the least extra time within a budget in bytes or a fraction; for "
+            "budget='min' and for max_overhead leave solver='auto'"
+        )
+
+
 def choose(
     problem: Problem,
     budget: Budget,
@@ -39,14 +50,10 @@ def choose(
 
     Raises InfeasibleBudgetError, and BudgetError where the solver does not serve such a budget.
     """
+    check_solver(solver, budget)
     size_bytes = simulate(problem, plain_schedule(problem)).peak_bytes if budget.is_free else budget.resolve(plain_peak_bytes)
     phase("solving")
     if size_bytes is None:
-        if solver != "auto":
-            raise BudgetError(
-                f"solver={solver!r} was given: it looks for the least extra time within a budget in bytes or a fraction; for "
-                "budget='min' and for max_overhead leave solver='auto'"
-            )
         return least_peak(problem, max_overhead=budget.max_overhead, time_limit_s=time_limit_s, starts=starts, progress=detail)
     return solve(problem, size_bytes, solver=solver, time_limit_s=time_limit_s, starts=starts, progress=detail)
 
@@ -63,13 +70,15 @@ def choose_program(
 
     Each is solved, so that the answer is never worse than that of the plain one alone; but where nothing is to be recomputed,
     or that costs less than another way of writing, the plain one is taken at once, and another order of the same operators is
-    solved only where its relaxation promises something. They share the time. Extra times are over the plain one's step.
-    starts: schedules to begin from, by problem. Raises InfeasibleBudgetError where none of them fits.
+    solved only where its relaxation promises something. They share the time: what one leaves is the next ones'. Extra times
+    are over the plain one's step. starts: schedules to begin from, by problem.
+
+    Raises InfeasibleBudgetError where none of them fits.
     """
-    found, errors = {}, []
+    found, errors, deadline = {}, [], time.monotonic() + time_limit_s
     size_bytes = None if budget.is_free else budget.resolve(plain_peak_bytes)
     worth_solving = [0] if budget.is_free else _worth_solving(problems, size_bytes)
-    for number in worth_solving:
+    for already, number in enumerate(worth_solving):
         problem, slower = problems[number], _slower(problems[number], problems[0])
         wanted = budget
         if 0 in found and _is_settled(budget, found[0], slower):
@@ -79,7 +88,9 @@ def choose_program(
             if wanted.max_overhead < 0:
                 continue
         try:
-            share_s, known = time_limit_s / len(worth_solving), (starts or {}).get(number, ())
+            left = len(worth_solving) - already
+            share_s = max((deadline - time.monotonic()) / left, time_limit_s / len(worth_solving) / 2)  # even behind a slow one
+            known = (starts or {}).get(number, ())
             solution = choose(problem, wanted, plain_peak_bytes, solver, share_s, known)
         except InfeasibleBudgetError as error:
             errors.append(error)
