@@ -15,7 +15,7 @@ from .progress import detail, phase
 from .schedule import Schedule, plain_schedule, simulate
 from .solvers import Solution, find_solver, frontier, least_peak, solve
 from .solvers.bound import MOST_VARIABLES, Relaxation
-from .solvers.driver import NEARLY
+from .solvers.budgets import NEARLY
 from .solvers.stages import compile_problem
 from .solvers.state import least_possible_bytes
 

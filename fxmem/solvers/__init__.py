@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from . import auto, checkmate, chen, given, per_block, rotor, search  # noqa: F401  (each registers itself)
 from .base import SOLVERS, Solution, find_solver, register_solver
-from .driver import frontier, least_peak, solve, solve_alone
+from .budgets import frontier, least_peak
+from .driver import solve, solve_alone
 
 __all__ = ["SOLVERS", "Solution", "find_solver", "frontier", "least_peak", "register_solver", "solve", "solve_alone"]

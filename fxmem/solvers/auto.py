@@ -21,7 +21,7 @@ from .bound import lower_bound
 from .checkmate import is_quick
 from .lift import lift
 from .milp import binaries, milp
-from .search import FAR, SETTLED, search
+from .search import FAR, search
 from .stages import Compiled, compile_problem
 from .state import least_possible_bytes
 
@@ -41,9 +41,8 @@ def auto(task: Task) -> Answer:
     task = replace(task, bound_s=bound_s if known else 0.0)
     unit_s = task.problem.plain_time_s or 1.0
     found = judge(task, task.starts)
-    settled_s = max(bound_s + SETTLED * unit_s, task.enough_s)
-    if known and found and found[1].overhead * unit_s <= settled_s:
-        return Answer(found[0], bound_s / unit_s, log=tuple(log))
+    if found and task.is_settled(found[1].overhead * unit_s):
+        return Answer(found[0], task.bound_s / unit_s, log=tuple(log))
     if binaries(task.problem, compiled) <= MOST_BINARIES:
         exact = _exact(task, found and found[0])
         if exact is None:

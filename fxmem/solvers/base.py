@@ -14,6 +14,7 @@ from .stages import Compiled
 from .state import State
 
 Progress = Callable[[str], None]
+SETTLED = 1e-4  # of a step over the bound: nothing to be had by searching
 BY_TIME_LIMIT, BY_INTERRUPT = "stopped by the time limit", "interrupted"
 
 
@@ -56,6 +57,10 @@ class Task:
     enough_s: float = 0.0
     overtime: bool = True
     with_peers: bool = True
+
+    def is_settled(self, time_s: float) -> bool:
+        """Whether that extra time is as good as the bound, or good enough."""
+        return time_s <= max(self.bound_s + SETTLED * (self.problem.plain_time_s or 1.0), self.enough_s)
 
     @property
     def out_of_time(self) -> bool:

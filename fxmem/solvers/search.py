@@ -40,7 +40,6 @@ MOST_ROUNDS = 12
 SENSIBLE = 4.0  # times the extra time of the advice in segments: advice that can be taken as it is
 NOT_FAR = 1.5  # times the best extra time: a start that is worth packing
 NEAR = 0.05  # over the bound: one more round is enough
-SETTLED = 1e-4  # of a step over the bound: nothing to be had by searching
 WORTHWHILE = 5e-3  # of the extra time: a round that saves less is idle
 IDLE_X_STAGES, MOST_IDLE = 200, 3  # idle rounds that a small graph bears, whose rounds take a second
 FAR = 0.15  # over the bound: worth them, and a higher bound
@@ -196,8 +195,7 @@ class _Search:
 
     def _is_settled(self, best: Incumbent) -> bool:
         """Whether what was found is as good as the bound, or good enough."""
-        settled_s = max(self.task.bound_s + SETTLED * self.unit_s, self.task.enough_s)
-        return best.desired is not None and best.time_s <= settled_s
+        return best.desired is not None and self.task.is_settled(best.time_s)
 
     def _worthwhile(self, best: Incumbent, thorough: bool) -> tuple[list[Run], int]:
         """The runs from the advice, and how many idle rounds to bear after them."""
