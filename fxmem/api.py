@@ -32,6 +32,8 @@ from .torch_internals import FakeTensor, pytree
 
 log = logging.getLogger(__name__)
 
+COLLECTING_HOOKS = "transformers.utils.output_capturing"
+
 
 def transform(
     module: nn.Module,
@@ -280,10 +282,13 @@ def _default_cost(module: nn.Module, args: tuple, kwargs: dict) -> str:
 
 
 def _warn_of_hooks(module: nn.Module) -> None:
-    """Hooks on submodules are traced, but do not fire inside a region."""
-    hooked = [
-        name for name, m in module.named_modules() if name and (m._forward_hooks or m._forward_pre_hooks or m._backward_hooks)
-    ]
+    """Hooks on submodules are traced, but do not fire inside a region: no matter for those that only note what they see."""
+
+    def hooks_of(m: nn.Module) -> list[Any]:
+        found = (*m._forward_hooks.values(), *m._forward_pre_hooks.values(), *m._backward_hooks.values())
+        return [hook for hook in found if getattr(hook, "__module__", "") != COLLECTING_HOOKS]
+
+    hooked = [name for name, m in module.named_modules() if name and hooks_of(m)]
     if hooked:
         log.warning(
             "hooks on submodules do not run in a planned step, which only repeats what they compute: %s has some "

@@ -32,6 +32,7 @@ from .torch_internals import (
     Assignment,
     FakeTensor,
     dynamo_graph,
+    flatten_outputs,
     joint_graph,
     pytree,
     quiet_tracing,
@@ -99,9 +100,11 @@ def capture(
         _add_unused_state(graph_module, module)
         values = _output_values(graph_module, args, kwargs)
         differentiated, attached = _detach_outputs(graph_module, values, output_gradients, inference)
+        structure = flatten_outputs(graph_module)
         joint, out_spec = _aot(graph_module, args, kwargs)
     constants, fixed_outputs = assign_roles(joint, graph_module, names, input_names, differentiated)
     torch_level = graph_module, (args, kwargs)
+    out_spec = structure or out_spec
     return Capture(joint, in_spec, out_spec, differentiated, attached, constants, fixed_outputs, read, *torch_level)
 
 

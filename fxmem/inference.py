@@ -20,7 +20,6 @@ from .decisions import Plan
 from .lowering import lower
 from .passes import (
     Costs,
-    DropCopies,
     Liveness,
     MarkInplace,
     MarkRegions,
@@ -53,8 +52,7 @@ def _plan(module: nn.Module, args: tuple, kwargs: Mapping[str, Any], inplace: bo
     phase("planning inference")
     captured = capture(module, args, kwargs, inference=True)
     joint = captured.joint
-    shapes = shape_prop(device)
-    for graph_pass in (NameNodes(), MatchEager(), SingleResults(), UpdateBuffers(), shapes, DropCopies(), shapes):
+    for graph_pass in (NameNodes(), MatchEager(), SingleResults(), UpdateBuffers(), shape_prop(device)):
         graph_pass(joint)
     for graph_pass in (Liveness(), MarkRegions(), *([MarkInplace()] if inplace else []), Costs(model)):
         graph_pass(joint)

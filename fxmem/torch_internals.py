@@ -15,6 +15,7 @@ TorchDispatchMode, and real tensors inside such modes (real_tensors)   torch.uti
 storage_key, suggested_format, dense_strides, is_dense, gradient_layout, fills_its_storage   layouts    torch._prims_common
 convolution_backend, convolution_backends   which kernels run a convolution                torch._C
 spec_children, spec_to_data, spec_from_data, rename_node              torch.utils._pytree, torch.fx.Node
+flatten_outputs     outputs without the structure they are given      torch.fx.graph
 captured_checkpoints   captured checkpoints, run eagerly              torch.utils.checkpoint, as captured graphs call it
 memory_viz          from memory snapshots to text and pages           torch.cuda._memory_viz
 """
@@ -47,6 +48,7 @@ from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.fake_tensor import FakeTensorMode as TorchFakeTensorMode
+from torch.fx.graph import _PyTreeCodeGen
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 __all__ = ["FakeTensor", "OpOverload", "TorchDispatchMode", "TorchFakeTensorMode", "pytree"]  # and all that is defined here
@@ -84,6 +86,16 @@ class Assignment:
 def dynamo_graph(module: nn.Module, args: tuple, kwargs: dict) -> tuple[fx.GraphModule, list[Assignment], tuple[str, ...]]:
     """One torch-level graph of `module` as Dynamo sees it (static shapes, no graph break allowed), what it leaves out, and
     which of the module's attributes it holds as constants (see `attribute_at`)."""
+    try:
+        return _dynamo_graph(module, args, kwargs)
+    except dynamo_errors.Unsupported as error:
+        with _layer_hooks(module) as count:
+            if not count or "lock" not in str(error):
+                raise
+            return _dynamo_graph(module, args, kwargs)
+
+
+def _dynamo_graph(module: nn.Module, args: tuple, kwargs: dict) -> tuple[fx.GraphModule, list[Assignment], tuple[str, ...]]:
     from torch._dynamo.functional_export import _dynamo_graph_capture_for_export
 
     _register_cache_outputs()
@@ -184,6 +196,26 @@ def captured_checkpoints() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def _layer_hooks(module: nn.Module) -> Iterator[int]:
+    """Transformers' models collect hidden states by hooks on their layers, which they install when they first run, behind a
+    lock that Dynamo cannot enter. Here they are installed, as many as the count says, while it traces."""
+    outputs = sys.modules.get("transformers.utils.output_capturing")
+    layers, installed = list(module.modules()) if outputs else [], "_output_capturing_hooks_installed"
+    before = [(dict(layer._forward_hooks), hasattr(layer, installed)) for layer in layers]
+    try:
+        for layer in layers:
+            if outputs._CAN_RECORD_REGISTRY.get(layer):
+                outputs.maybe_install_capturing_hooks(layer)
+        yield sum(len(layer._forward_hooks) - len(hooks) for layer, (hooks, _) in zip(layers, before, strict=True))
+    finally:
+        for layer, (hooks, had) in zip(layers, before, strict=True):
+            for key in set(layer._forward_hooks) - set(hooks):
+                del layer._forward_hooks[key]
+            if hasattr(layer, installed) and not had:
+                delattr(layer, installed)
+
+
 def _register_cache_outputs() -> None:
     """Transformers' key-value caches come out of most of its models but are no pytrees until its own export support says so;
     the pair of them that encoder-decoders give is none even then."""
@@ -205,6 +237,18 @@ def _register_cache_outputs() -> None:
             )
 
 
+def flatten_outputs(graph_module: fx.GraphModule) -> Any:
+    """Let a graph module return its output leaves in a tuple; the structure that it gave them until now, None where it had no
+    say. To build the structure can take operators: transformers' caches join what they are given to nothing."""
+    codegen = graph_module.graph._codegen
+    spec = codegen.pytree_info.out_spec if isinstance(codegen, _PyTreeCodeGen) else None
+    if spec is not None:
+        leaves = pytree.tree_structure((0,) * spec.num_leaves)
+        codegen.pytree_info = codegen.pytree_info._replace(out_spec=leaves)
+        graph_module.recompile()
+    return spec
+
+
 def joint_graph(graph_module: fx.GraphModule, args: tuple, kwargs: dict) -> tuple[fx.GraphModule, Any]:
     """The joint forward and backward aten graph of `graph_module`, and the pytree spec of its outputs.
 
@@ -218,13 +262,15 @@ def joint_graph(graph_module: fx.GraphModule, args: tuple, kwargs: dict) -> tupl
 @contextlib.contextmanager
 def _own_kernels() -> Iterator[None]:
     """Inside, operators are traced as their kernels run that PyTorch would trace by decompositions in Python, which round
-    otherwise and keep more."""
+    otherwise and keep more; and a dropout that is off is its input, not a copy."""
     taken = []
-    for packet in DECOMPOSED:
+    for packet in (*DECOMPOSED, aten.dropout):
         for operator in (getattr(packet, name) for name in packet.overloads()):
             for key in (DispatchKey.Autograd, DispatchKey.CompositeImplicitAutograd):
                 if key in operator.py_kernels:
                     taken.append((operator, key, operator.py_kernels.pop(key)))
+                    if packet is aten.dropout:
+                        operator.py_kernels[key] = _dropout
                     operator._dispatch_cache.clear()
     try:
         yield
@@ -232,6 +278,10 @@ def _own_kernels() -> Iterator[None]:
         for operator, key, kernel in taken:
             operator.py_kernels[key] = kernel
             operator._dispatch_cache.clear()
+
+
+def _dropout(value: torch.Tensor, p: float, train: bool) -> torch.Tensor:
+    return aten.native_dropout(value, p, train)[0] if train and p and value.numel() else value
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from helpers.models import (
     TwoHeads,
     UNet,
 )
-from helpers.steps import assert_drop_in, assert_same, assert_same_steps, each_device, messages, on, step, transform
+from helpers.steps import assert_drop_in, assert_same, assert_same_steps, each_device, messages, on, step, tensors, transform
 from torch import nn
 
 import fxmem
@@ -245,6 +245,68 @@ def test_structured_outputs_keep_their_types():
     assert type(outputs) is Result and outputs.logits.shape == (4, 3)
     outputs = transform(ReturnsDict(), rows())(*rows())
     assert list(outputs) == ["a", "more"] and outputs["more"][1:3] == [None, 3] and outputs["more"][3][0] == "name"
+
+
+@pytest.mark.parametrize(("p", "training"), [(0.0, True), (0.5, False)])
+def test_a_dropout_that_is_off_is_its_input(p, training):
+    model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Dropout(p), nn.Linear(32, 32)).train(training)
+    planned = assert_drop_in(model, (x := torch.randn(64, 32),), budget=None)
+    assert "clone" not in " ".join(o.name for o in planned.plan.problem.operators)
+    peaks = (fxmem.measure(m, (x,), repeats=1).peak_bytes for m in (planned, model))
+    assert next(peaks) == planned.plan.predicted_peak_bytes < next(peaks)
+
+
+class Capitals(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.DenseReLU = nn.Linear(32, 32)
+        self.DenseOut = nn.Linear(32, 32)
+
+    def forward(self, x):
+        return torch.tanh(self.DenseOut(torch.sin(torch.exp(self.DenseReLU(x)))))
+
+
+def test_names_with_capitals_keep_nothing_alive():
+    """fx gives a graph's arguments names of its own, in small letters, beside which the first ones would stay alive."""
+    module = nn.Sequential(*(Capitals() for _ in range(4)))
+    planned = assert_drop_in(module, (x := torch.randn(256, 32),))
+    assert fxmem.measure(planned, (x,), repeats=1).peak_bytes == planned.plan.predicted_peak_bytes
+    graphs = [graph for region in planned.regions for graph in (region.forward_graph.graph, region.backward_graph.graph)]
+    arguments = [node for graph in graphs for node in graph.find_nodes(op="placeholder")]
+    assert any("Dense" in node.name for node in arguments) and all(node.name == node.target for node in arguments)
+
+
+def test_caches_among_the_outputs_are_not_copied():
+    """To put a key-value cache together again joins nothing with each tensor, which takes as much memory once more."""
+    load_torchvision()
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(vocab_size=50, d_model=32, d_ff=32, d_kv=16, num_layers=2, num_heads=2)
+    config = transformers.T5Config(**sizes, decoder_start_token_id=0, dropout_rate=0.0)
+    model = transformers.T5ForConditionalGeneration(config).train()
+    ids = torch.arange(100).reshape(2, 50) % 50
+    inputs = {"input_ids": ids, "labels": ids}
+    planned = assert_drop_in(model, (), inputs, budget=0.8, used=(0,))
+    assert 0 <= planned.plan.predicted_peak_bytes - fxmem.measure(planned, (), inputs, repeats=1).peak_bytes <= 64
+    plain, found = (tensors(m(**inputs)) for m in (model, planned))
+    made = [len({t.untyped_storage().data_ptr() for t in outputs}) for outputs in (plain, found)]
+    assert made[0] == made[1] and len(plain) > 8
+
+
+def test_hidden_states_that_transformers_collects_by_hooks():
+    """It puts them on the layers when the model first runs, behind a lock that Dynamo does not enter."""
+    load_torchvision()
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(num_labels=2, depths=(1, 1), hidden_sizes=(8, 16), num_attention_heads=(1, 1), decoder_hidden_size=8)
+    stages = dict(num_encoder_blocks=2, sr_ratios=(2, 1), patch_sizes=(3, 3), strides=(2, 2), mlp_ratios=(2, 2))
+    model = transformers.SegformerForSemanticSegmentation(transformers.SegformerConfig(**sizes, **stages)).train()
+    images = {"pixel_values": torch.randn(2, 3, 16, 16), "labels": torch.ones(2, 16, 16, dtype=torch.long)}
+    planned = transform(model, (), images)
+    assert not any(layer._forward_hooks for layer in model.modules())
+    assert_same_steps(copy.deepcopy(model), planned, (), images, used=(0,))
+    model(**images)
+    with messages() as found:
+        transform(model, (), images)
+    assert not any("hooks" in message for message in found)
 
 
 def test_model_outputs_of_transformers():

@@ -171,7 +171,8 @@ class _Partition:
         graph = fx.Graph()
         copies: dict[fx.Node, fx.Node] = {}
         for node in reads:
-            copies[node] = graph.placeholder(node.name)
+            copies[node] = graph.create_node("placeholder", node.name, name=node.name)
+            copies[node].target = copies[node].name  # else the argument's own variable would hold the value to the end
             copies[node].meta = dict(node.meta)
         for node in self.members[number]:
             copies[node] = graph.node_copy(node, copies.__getitem__)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.overrides import TorchFunctionMode
 
 from ..errors import CaptureError, FxmemError
 from ..graph_meta import clean_path
@@ -60,7 +61,19 @@ class OutputStructure(nn.Module):
         self.spec = spec
 
     def forward(self, *leaves):
-        return pytree.tree_unflatten(leaves, self.spec)
+        with _AsTheyAre():
+            return pytree.tree_unflatten(leaves, self.spec)
+
+
+class _AsTheyAre(TorchFunctionMode):
+    """A key-value cache is put together again by joining nothing with each output: it gets these themselves, not copies."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.cat and args and all(type(t) is torch.Tensor for t in args[0]):
+            filled = [t for t in args[0] if t.numel()]
+            if len(filled) == 1:
+                return filled[0]
+        return function(*args, **(kwargs or {}))
 
 
 class PlannedModule(fx.GraphModule):

@@ -8,7 +8,6 @@ RewriteParts    several operators written as others
 UpdateBuffers   writes buffers where they change
 ShapeProp       fake values and storages of every node
 OwnGradients    gradients in storages of their own
-DropCopies      copies that only tracing makes, taken out of a forward
 Liveness        first and last uses, bytes alive
 MarkRegions     where the chain of regions is cut
 OfferImplementations   other ways to run backward operators, for the solver to choose from
@@ -21,7 +20,6 @@ PlaceInArena    memory planned ahead, in one block
 
 from .base import Pass
 from .costs import Costs
-from .drop_copies import DropCopies
 from .liveness import Liveness
 from .mark_inplace import MarkInplace
 from .match_eager import MatchEager
@@ -39,7 +37,7 @@ from .split_convolutions import SplitConvolutions
 from .update_buffers import UpdateBuffers
 
 __all__ = [
-    "Costs", "DropCopies", "Liveness", "MarkInplace", "MarkRegions", "MatchEager", "NameNodes", "OfferImplementations",
+    "Costs", "Liveness", "MarkInplace", "MarkRegions", "MatchEager", "NameNodes", "OfferImplementations",
     "OwnGradients", "Pass", "PlaceInArena", "Rematerialize", "Reorder", "RewriteParts", "ShapeProp", "SingleResults",
     "SplitConvolutions", "UpdateBuffers",
 ]  # fmt: skip
