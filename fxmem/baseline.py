@@ -2,11 +2,13 @@
 
 Forward and backward run on fake tensors, through the real autograd engine, so that what is saved, when it is freed and how
 gradients are accumulated are PyTorch's own doing; a dispatch mode watches the storages come and go. Bytes that an operator
-takes inside are added from a callback.
+takes inside are added from a callback. One thing the engine does otherwise there: a second gradient of the same value is added
+into the first, where nobody else holds that, but to fake tensors by making a third.
 """
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -18,9 +20,10 @@ from torch import nn
 from .errors import MeasureError
 from .fake_kernels import FakeCopies, FakeTensorMode
 from .measuring import backward_roots
-from .torch_internals import TorchDispatchMode, captured_checkpoints, pytree, restore_rng
+from .torch_internals import TorchDispatchMode, captured_checkpoints, owners, pytree, restore_rng
 
 KINDS = ("parameter", "buffer", "input", "activation", "gradient", "workspace")
+ADD = torch.ops.aten.add.Tensor
 Workspace = Callable[[Any, tuple, dict, Any], int]
 
 
@@ -62,6 +65,7 @@ def eager_timeline(
     `module`, its gradients and buffers, and the random number generators are left as they are. Raises MeasureError where no
     output requires grad, and whatever the module raises on fake tensors (data-dependent control flow, mostly).
     """
+    ledger = _Ledger(workspace, _alone())
     with (
         restore_rng(),
         FakeTensorMode(allow_non_fake_inputs=True) as mode,
@@ -72,7 +76,6 @@ def eager_timeline(
         buffers = {name: fakes.convert(b) for name, b in module.named_buffers()}
         inputs = pytree.tree_map_only(torch.Tensor, fakes.convert, (args, kwargs or {}))
         given = None if output_gradients is None else [fakes.convert(g) for g in output_gradients]
-        ledger = _Ledger(workspace)
         for kind, tree in (("parameter", parameters), ("buffer", buffers), ("input", (inputs, given))):
             for tensor in _tensors(tree):
                 ledger.add(tensor, kind)
@@ -101,9 +104,9 @@ def _run(
 class _Ledger(TorchDispatchMode):
     """Books every storage when an operator makes it, and strikes it out when its last reference goes."""
 
-    def __init__(self, workspace: Workspace | None):
+    def __init__(self, workspace: Workspace | None, alone: tuple[int, int]):
         super().__init__()
-        self._workspace = workspace
+        self._workspace, self._alone = workspace, alone
         self._making = "activation"
         self._watched: dict[int, weakref.ref] = {}
         self._live = dict.fromkeys(KINDS, 0)
@@ -119,8 +122,15 @@ class _Ledger(TorchDispatchMode):
             for tensor in made:
                 self.add(tensor, self._making)
             inside = self._workspace(func, args, kwargs, out) if self._workspace else 0
-            self._records.append((str(func), self._live | {"workspace": inside}))
+            now = self._live | {"workspace": inside}
+            if self._making == "gradient" and func is ADD and self._is_added_into(*args):
+                now["gradient"] -= args[0].untyped_storage().nbytes()
+            self._records.append((str(func), now))
         return out
+
+    def _is_added_into(self, first: Any, second: Any) -> bool:
+        """Whether autograd would add the second of two gradients into the first."""
+        return isinstance(second, torch.Tensor) and first.shape == second.shape and owners(first) == self._alone
 
     def add(self, tensor: torch.Tensor, kind: str) -> None:
         """Book the storage behind `tensor`, unless it is booked."""
@@ -164,6 +174,26 @@ class _Ledger(TorchDispatchMode):
             op_names=tuple(name for name, _ in self._records),
             num_forward=self._num_forward,
         )
+
+
+@functools.cache
+def _alone() -> tuple[int, int]:
+    """What `owners` says, in the dispatch mode's place, of a gradient that autograd alone holds."""
+    found = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            if func is ADD:
+                found.append(owners(args[0]))
+            return out
+
+    with torch.inference_mode(False), torch.enable_grad():
+        value = torch.ones(2, requires_grad=True) * 1
+        total = (value.sin() + value.cos()).sum()
+        with Watch():
+            total.backward()
+    return found[0]
 
 
 def _tensors(tree: Any) -> list[torch.Tensor]:

@@ -15,6 +15,7 @@ TorchDispatchMode, and real tensors inside such modes (real_tensors)   torch.uti
 storage_key, suggested_format, dense_strides, is_dense, gradient_layout, fills_its_storage   layouts    torch._prims_common
 convolution_backend, convolution_backends   which kernels run a convolution                torch._C
 spec_children, spec_to_data, spec_from_data, rename_node              torch.utils._pytree, torch.fx.Node
+owners              how many hold a tensor                            torch._C
 flatten_outputs     outputs without the structure they are given      torch.fx.graph
 captured_checkpoints   captured checkpoints, run eagerly              torch.utils.checkpoint, as captured graphs call it
 memory_viz          from memory snapshots to text and pages           torch.cuda._memory_viz
@@ -345,6 +346,11 @@ def output_role(desc: Any) -> tuple[str, Any] | None:
 def storage_key(tensor: torch.Tensor) -> int:
     """What two tensors over the same storage have in common, for as long as one of them lives."""
     return tensor.untyped_storage()._cdata
+
+
+def owners(tensor: torch.Tensor) -> tuple[int, int]:
+    """How many hold a tensor, and its storage, at this moment, the caller and the dispatcher among them."""
+    return tensor._use_count(), torch._C._storage_Use_Count(storage_key(tensor))
 
 
 def cpu_memory_events(run: Callable[[], Any]) -> tuple[Any, list[int]]:
