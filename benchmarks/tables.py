@@ -165,7 +165,9 @@ def _room(budget: str) -> float:
     """A number to sort budgets by, the more of memory the larger."""
     if budget == "min":
         return 0.0
-    return 2.0 if budget == "free" else 1.5 if budget.endswith("%") else float(budget)
+    if budget.endswith("%"):
+        return 1 + 1 / (1 + float(budget.removesuffix("%")))
+    return 3.0 if budget == "free" else float(budget)
 
 
 def _way(row: dict | None, is_measured: bool) -> str:
