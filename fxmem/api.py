@@ -28,11 +28,9 @@ from .prepared import Prepared, prepare
 from .progress import phase, showing
 from .solvers import find_solver, solve_alone
 from .solving import check_solver, choose_frontier
-from .torch_internals import FakeTensor, pytree
+from .torch_internals import COLLECTING_HOOKS, FakeTensor, pytree
 
 log = logging.getLogger(__name__)
-
-COLLECTING_HOOKS = "transformers.utils.output_capturing"
 
 
 def transform(

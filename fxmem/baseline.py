@@ -123,14 +123,14 @@ class _Ledger(TorchDispatchMode):
                 self.add(tensor, self._making)
             inside = self._workspace(func, args, kwargs, out) if self._workspace else 0
             now = self._live | {"workspace": inside}
-            if self._making == "gradient" and func is ADD and self._is_added_into(*args):
+            if self._making == "gradient" and func is ADD and self._is_added_into(args):
                 now["gradient"] -= args[0].untyped_storage().nbytes()
             self._records.append((str(func), now))
         return out
 
-    def _is_added_into(self, first: Any, second: Any) -> bool:
+    def _is_added_into(self, args: tuple) -> bool:
         """Whether autograd would add the second of two gradients into the first."""
-        return isinstance(second, torch.Tensor) and first.shape == second.shape and owners(first) == self._alone
+        return len(args) == 2 and args[0].shape == getattr(args[1], "shape", None) and owners(args[0]) == self._alone
 
     def add(self, tensor: torch.Tensor, kind: str) -> None:
         """Book the storage behind `tensor`, unless it is booked."""

@@ -62,6 +62,7 @@ DECOMPOSED = (
     aten.upsample_linear1d, aten.upsample_bilinear2d, aten.upsample_bicubic2d, aten.upsample_trilinear3d,
     aten.multi_margin_loss, aten.multilabel_margin_loss_forward, aten.softshrink, aten.hardshrink,
 )  # fmt: skip
+COLLECTING_HOOKS = "transformers.utils.output_capturing"  # the module of hooks that only note what layers return
 COMPILE_ERRORS = (dynamo_errors.TorchDynamoException, dynamo_errors.FailOnRecompileLimitHit)
 
 
@@ -90,8 +91,10 @@ def dynamo_graph(module: nn.Module, args: tuple, kwargs: dict) -> tuple[fx.Graph
     try:
         return _dynamo_graph(module, args, kwargs)
     except dynamo_errors.Unsupported as error:
+        if "lock" not in str(error):
+            raise
         with _layer_hooks(module) as count:
-            if not count or "lock" not in str(error):
+            if not count:
                 raise
             return _dynamo_graph(module, args, kwargs)
 
@@ -201,7 +204,7 @@ def captured_checkpoints() -> Iterator[None]:
 def _layer_hooks(module: nn.Module) -> Iterator[int]:
     """Transformers' models collect hidden states by hooks on their layers, which they install when they first run, behind a
     lock that Dynamo cannot enter. Here they are installed, as many as the count says, while it traces."""
-    outputs = sys.modules.get("transformers.utils.output_capturing")
+    outputs = sys.modules.get(COLLECTING_HOOKS)
     layers, installed = list(module.modules()) if outputs else [], "_output_capturing_hooks_installed"
     before = [(dict(layer._forward_hooks), hasattr(layer, installed)) for layer in layers]
     try:
