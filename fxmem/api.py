@@ -20,7 +20,7 @@ from .codegen.partition import partition
 from .codegen.planned import PlannedModule, check_names
 from .cost import CostModel
 from .decisions import Frontier, Plan
-from .errors import BudgetError, CaptureError, CostError, InfeasibleBudgetError
+from .errors import BudgetError, CaptureError, CostError, FxmemError, InfeasibleBudgetError
 from .inference import plan_inference
 from .passes import PlaceInArena, Rematerialize
 from .planning import Question, decide, given_plan, none_better, solve_for
@@ -82,6 +82,7 @@ def transform(
     FxmemError; `module` is then untouched.
     """
     given = None
+    _check_switches(arena=arena)
     graph_options = _graph_options(output_gradients, implementations, exactness, inplace, recompute)
     if plan is not None:
         given = given_plan(plan, budget, max_overhead)
@@ -264,6 +265,7 @@ def _graph_options(
     output_gradients: Any, implementations: Sequence[str] | None, exactness: str, inplace: bool, recompute: bool
 ) -> dict[str, Any]:
     """What decides which operators there are, as `prepare` takes it, and as `Origin` holds it."""
+    _check_switches(inplace=inplace, recompute=recompute)
     return dict(
         output_gradients=output_gradients,
         implementations=implementations,
@@ -271,6 +273,13 @@ def _graph_options(
         inplace=inplace,
         recompute=recompute,
     )
+
+
+def _check_switches(**given: Any) -> None:
+    """Raise FxmemError where what is on or off is given as something else."""
+    for name, value in given.items():
+        if not isinstance(value, bool):
+            raise FxmemError(f"{name}={value!r} was given; it is True or False")
 
 
 def _default_cost(module: nn.Module, args: tuple, kwargs: dict) -> str:

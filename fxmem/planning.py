@@ -15,7 +15,7 @@ from torch import nn
 from .budget import Budget, check_time_limit
 from .cost import CostModel
 from .decisions import Plan
-from .errors import BudgetError, PlanError
+from .errors import BudgetError, InfeasibleBudgetError, PlanError
 from .prepared import Prepared, prepare
 from .saving import cache_path, check_fits, load_plan
 from .solvers.base import BY_TIME_LIMIT, describe
@@ -102,7 +102,13 @@ def solve_for(
     for number, program in enumerate(prepared.programs):
         own = [p.solution.schedule for p in known if p.problem is problems[number]]
         starts[number] = (*own, *(program.partitioner_schedules() if solver == "torch_budget" else ()))
-    number, solution = choose_program(problems, budget, plain_peak_bytes, solver, time_limit_s, starts)
+    try:
+        number, solution = choose_program(problems, budget, plain_peak_bytes, solver, time_limit_s, starts)
+    except InfeasibleBudgetError as error:
+        if prepared.origin.recompute:
+            raise
+        message = f"{error}. Nothing may run twice (recompute=False); recompute=True may reach less"
+        raise InfeasibleBudgetError(message, error.budget_bytes, error.min_budget_bytes) from None
     budget_bytes = None if budget.is_free else budget.resolve(plain_peak_bytes) or solution.timeline.peak_bytes
     found = prepared.programs[number].plan(solution, budget_bytes, budget)
     if budget_bytes is not None and budget.max_overhead is None:

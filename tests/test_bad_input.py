@@ -413,6 +413,8 @@ NAMES = [
     ({"time_limit_s": math.nan}, fxmem.BudgetError, ("time_limit_s=nan", "seconds")),
     ({"time_limit_s": -1}, fxmem.BudgetError, ("time_limit_s=-1", "seconds")),
     ({"time_limit_s": math.inf}, fxmem.BudgetError, ("time_limit_s=inf", "finite")),
+    ({"recompute": "no"}, fxmem.FxmemError, ("recompute='no'", "True or False")),
+    ({"inplace": 0}, fxmem.FxmemError, ("inplace=0", "True or False")),
     ({"cache_dir": 3}, fxmem.PlanError, ("cache_dir=3", "folder")),
 ]
 
@@ -421,6 +423,11 @@ NAMES = [
 def test_names_that_do_not_exist(options, error, says):
     with refused(module := TwoHeads(), error, *says):
         fxmem.plan(module, X, **{"budget": 0.99} | options)
+
+
+def test_an_arena_by_another_name():
+    with refused(module := TwoHeads(), fxmem.FxmemError, "arena='cuda:0'", "True or False"):
+        fxmem.transform(module, X, arena="cuda:0")
 
 
 @pytest.mark.parametrize("points", [0, -1, "3", 2.5, None])
