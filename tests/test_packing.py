@@ -110,6 +110,19 @@ def test_what_does_not_fit_is_packed_until_it_does():
     assert simulate(problem, state.schedule()).peak_bytes == state.worst_bytes <= budget_bytes
 
 
+def test_where_no_set_frees_all_that_is_lacking_several_do():
+    problem = load_instance("unet_8")
+    compiled, budget_bytes = compile_problem(problem), budget_of(problem, 0.236)
+    state = State(compiled, budget_bytes, list(hint(compiled, budget_bytes, math.inf)))
+    moves, lacking = Moves(compiled, Random(0)), state.excess_bytes
+    priced = list(packing._priced(state, moves, math.inf))
+    knapsack = packing._Knapsack(priced, budget_bytes - packing._moments(state), state.everything)
+    assert not knapsack.solve(math.inf) and knapsack.solve(math.inf, within=False, rounded=True)
+    assert not pack(state, moves)
+    assert state.excess_bytes < 0.1 * lacking
+    assert simulate(problem, state.schedule()).peak_bytes == state.worst_bytes
+
+
 def test_the_systematic_evictions_are_each_gap_of_each_carried_storage_once(rough):
     moves, gaps = Moves(rough.compiled, Random(0)), []
     for wishes in moves.all_evictions(rough):

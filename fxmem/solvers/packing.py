@@ -6,7 +6,8 @@ it adds or frees at each stage and forward operator. A knapsack with a row for e
 for moves that touch the same wish or the same stage's recomputes, chooses among them all (a very large-scale neighbourhood in
 the sense of Ahuja et al. 2002). Moves still interact, so the whole set is evaluated exactly, and taken only if it is better;
 where it needs more bytes than promised, those moments get less room and the program is solved again. A state that does not
-fit yet has moments with less than no room: the set must free what they lack.
+fit yet has moments with less than no room: the set must free what they lack, or, where no set frees it all, as much of it as
+it can, and the next round goes on from there.
 """
 
 from __future__ import annotations
@@ -26,10 +27,13 @@ from .stages import members
 from .state import State
 
 RANDOM_X_STAGES, LEAST_RANDOM, MOST_RANDOM = 200_000, 400, 700  # random moves, by the number of stages
-MOST_ROUNDS = 8
+SURE_ROUNDS, MOST_ROUNDS = 8, 40
+SAVED = 0.01  # of the extra time: a later round that saves less is the last
+FREED = 0.1  # of the bytes too many: a round that frees less is the last
 ATTEMPTS = 3
 MOST_NODES = 200
 MOST_CUTS = 20
+LACKING = 10.0  # what the most bytes that a move can free at a moment weigh there, in times of the most that one costs
 BLOCK = 64  # moves written out in full at a time
 CUTS = 20
 Wishes = dict[int, int]
@@ -54,8 +58,13 @@ class Priced:
 def pack(state: State, moves: Moves, deadline: float = math.inf) -> bool:
     """Improve a state by sets of moves, until none is found: first to fit, then to take less time. Whether the deadline
     (time.monotonic) cut it short."""
-    for _ in range(MOST_ROUNDS):
+    for number in range(MOST_ROUNDS):
+        excess_bytes, time_s = _rank(state)
         if time.monotonic() > deadline or not _round(state, list(_priced(state, moves, deadline)), deadline):
+            break
+        few_freed = state.excess_bytes > (1 - FREED) * excess_bytes
+        little_saved = not excess_bytes and state.time_s > (1 - SAVED) * time_s
+        if few_freed or (little_saved and number >= SURE_ROUNDS):
             break
     return time.monotonic() > deadline
 
@@ -64,10 +73,15 @@ def _round(state: State, priced: list[Priced], deadline: float) -> bool:
     """Whether a better state was found, which the state then is."""
     if not priced:
         return False
-    room = state.budget_bytes - _moments(state)
-    knapsack, before, chosen = _Knapsack(priced, room, state.everything), _rank(state), []
+    knapsack, before = _Knapsack(priced, state.budget_bytes - _moments(state), state.everything), _rank(state)
+    return _fit(state, knapsack, before, deadline) or (before[0] > 0 and _near(state, knapsack, before, deadline))
+
+
+def _fit(state: State, knapsack: _Knapsack, before: tuple[int, float], deadline: float) -> bool:
+    """Make a set of moves with which the state fits and is better than before, or what of such a set is of use."""
+    room, chosen = knapsack.room, []
     for _ in range(ATTEMPTS):
-        chosen = [priced[j] for j in knapsack.solve(deadline)] or chosen
+        chosen = knapsack.solve(deadline) or chosen
         for move in chosen:
             _flip(state, move)
         if not state.excess_bytes and _rank(state) < before:
@@ -78,7 +92,20 @@ def _round(state: State, priced: list[Priced], deadline: float) -> bool:
         if not over.any():
             break
         knapsack.room = knapsack.room - 1.5 * over
+    knapsack.room = room
     return _one_by_one(state, chosen)
+
+
+def _near(state: State, knapsack: _Knapsack, before: tuple[int, float], deadline: float) -> bool:
+    """Make a set of moves with which fewer bytes are too many, where no set leaves none."""
+    for rounded in (True, False):
+        for move in knapsack.solve(deadline, within=False, rounded=rounded):
+            _flip(state, move)
+        if _rank(state) < before:
+            state.keep()
+            return True
+        state.undo()
+    return False
 
 
 def _one_by_one(state: State, chosen: list[Priced]) -> bool:
@@ -155,6 +182,7 @@ class _Knapsack:
     def __init__(self, priced: list[Priced], room: np.ndarray, storages: int):
         from scipy.sparse import csr_array  # here, so that importing the package does not wait for it
 
+        self.priced = priced
         self.cost = np.array([move.time_s for move in priced])
         self.cost /= np.abs(self.cost).max() or 1.0
         values, moments = (np.concatenate([getattr(move, name) for move in priced]) for name in ("steps", "moments"))
@@ -163,21 +191,27 @@ class _Knapsack:
         self.unit = self._largest()  # of each row
         self.room = room
         self.cliques = _cliques(priced, storages)
+        self.short = np.flatnonzero(room < 0)
         self.moments: list[int] = []  # that have a row
 
-    def solve(self, deadline: float) -> list[int]:
-        """The moves to make, none where nothing is better."""
-        integer = False
+    def solve(self, deadline: float, within: bool = True, rounded: bool = False) -> list[Priced]:
+        """The moves to make, none where nothing is better. within: with bytes too many nowhere; otherwise where the state has
+        bytes too many, those that remain count. rounded: by the linear relaxation alone."""
+        count, integer = len(self.priced), False
+        if not within:
+            self.moments += [int(row) for row in self.short if row not in self.moments]
         for _ in range(MOST_CUTS):
-            start = np.zeros(len(self.cost)) if integer else None
-            x = minimize(self._program(integer), deadline=deadline, most_nodes=MOST_NODES, start=start).x
+            program = self._program(integer, within)
+            start = np.concatenate((np.zeros(count), program.upper[count:])) if integer else None
+            x = minimize(program, deadline=deadline, most_nodes=MOST_NODES, start=start).x
             if x is None:
                 return []
+            x = x[:count]
             over = (np.cumsum(self.steps @ (np.round(x) if integer else x)) - self.room) / self.unit
             worst = [int(row) for row in np.argsort(-over, kind="stable")[:CUTS] if over[row] > 1e-6]
             new = [row for row in worst if row not in self.moments]
-            if not new and integer:
-                return [j for j, value in enumerate(x) if value > 0.5]
+            if not new and (integer or rounded):
+                return [self.priced[j] for j, value in enumerate(x) if value > 0.5]
             self.moments += new
             integer = integer or not new
         return []
@@ -190,13 +224,18 @@ class _Knapsack:
             most = np.maximum(most, np.abs(added).max(axis=1))
         return most
 
-    def _program(self, integer: bool) -> Program:
-        starts, columns, values, upper = [0], [], [], []
+    def _program(self, integer: bool, within: bool) -> Program:
+        """Beside a variable for each move, one for each moment that is short of room: what it still lacks."""
+        starts, columns, values, upper, count = [0], [], [], [], len(self.priced)
+        lacking = {int(row): count + n for n, row in enumerate(self.short)}
         for row in self.moments:
             added = self.steps[: row + 1].sum(axis=0)
             (at,) = np.nonzero(added)
             columns += at.tolist()
             values += (added[at] / self.unit[row]).tolist()
+            if row in lacking:
+                columns.append(lacking[row])
+                values.append(-1.0)
             upper.append(self.room[row] / self.unit[row])
             starts.append(len(columns))
         for clique in self.cliques:
@@ -204,10 +243,12 @@ class _Knapsack:
             values += [1.0] * len(clique)
             upper.append(1.0)
             starts.append(len(columns))
-        count = len(self.cost)
+        most = np.zeros(len(lacking)) if within else -self.room[self.short] / self.unit[self.short]
+        cost = np.concatenate((self.cost, np.full(len(lacking), LACKING)))
+        upper_bounds, integral = np.concatenate((np.ones(count), most)), np.arange(len(cost)) < count * integer
         return Program(
-            self.cost, np.array(starts), np.array(columns, int), np.array(values, float), np.full(len(upper), -np.inf),
-            np.array(upper), np.zeros(count), np.ones(count), np.full(count, integer),
+            cost, np.array(starts), np.array(columns, int), np.array(values, float), np.full(len(upper), -np.inf),
+            np.array(upper), np.zeros(len(cost)), upper_bounds, integral,
         )  # fmt: skip
 
 

@@ -158,6 +158,8 @@ class _Search:
         if best.desired is None and thorough and not best.interrupted:
             deadline = math.inf if self.task.overtime else self.task.deadline
             best = squeeze(self.task, self.compiled, self.budget_bytes, best, self.pool, deadline)
+            if best.desired is not None and not best.stopped:
+                best = better([best, *self._packed([best.desired])])
         if best.desired is None:
             self.log.append(f"search: nothing that fits; least peak met {best.smallest_bytes:,} bytes")
             return best
@@ -179,9 +181,13 @@ class _Search:
         if len(start) > MOST_FOR_FRESH and first.desired and first.time_s <= self.advised[0].time_s * NOT_FAR:
             states[1:] = [start]
         best = better([first, *self._packed(states)])
-        if start not in states and (best.desired is None or first.time_s <= best.time_s * NOT_FAR):
+        start_s, near = (first.time_s, NOT_FAR) if first.desired else (self._time_s(start), SENSIBLE)
+        if start not in states and (best.desired is None or start_s <= best.time_s * near):
             best = better([best, *self._packed([start])])
         return best
+
+    def _time_s(self, state: tuple[int, ...]) -> float:
+        return State(self.compiled, self.budget_bytes, list(state)).time_s
 
     def _more_packed(self, best: Incumbent, schedules: list[Schedule], interrupted: bool) -> Incumbent:
         """The best so far, or of some schedules, as they are and packed."""
@@ -202,7 +208,7 @@ class _Search:
         stages, patience = len(self.compiled.stages), max(1, int(self.task.limit_s / IDLE_ROUNDS_S))
         runs = _varied(self.fresh, stages)
         if best.desired is None:
-            return runs, patience
+            return [replace(run, desired=best.smallest) for run in runs], patience
         if not thorough or best.time_s <= self.task.bound_s * (1 + NEAR):
             return runs[:SEEDS], min(1, patience - 1)
         if best.time_s > self.task.bound_s * (1 + FAR):
