@@ -38,10 +38,11 @@ def rotor(task: Task) -> Answer:
         if task.out_of_time and found:
             break
         root = _Recursion(chain, task.budget_bytes, part).tree()
-        if root is not None:
-            found.append(wishes_of(compiled, root))
-            if cheapest(task, compiled, found[-1:]).schedule is not None:
-                break
+        if root is None:  # nor is there one for less
+            break
+        found.append(wishes_of(compiled, root))
+        if cheapest(task, compiled, found[-1:]).schedule is not None:
+            break
     return cheapest(task, compiled, found)
 
 
