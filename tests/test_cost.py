@@ -165,6 +165,19 @@ WORKSPACE_CASES = {
     "conv backward strided": (aten.convolution_backward.default, conv_backward_args(2)),
     "conv backward 1x1 strided": (aten.convolution_backward.default, conv_backward_args(2, kernel=1)),
     "conv backward channels-last": (aten.convolution_backward.default, channels_last(*conv_backward_args())),
+    "patch embedding backward": (aten.convolution_backward.default, conv_backward_args(16, channels=3, size=64, kernel=16)),
+    "patch embedding backward channels-last": (
+        aten.convolution_backward.default,
+        channels_last(*conv_backward_args(16, channels=3, size=64, kernel=16)),
+    ),
+    "positions by a wide convolution": (
+        aten.convolution.default,
+        (rand(2, 64, 256), rand(64, 4, 128), None, [1], [64], [1], False, [0], 16),
+    ),
+    "positions by a wide convolution backward": (
+        aten.convolution_backward.default,
+        (rand(2, 64, 257), rand(2, 64, 256), rand(64, 4, 128), [64], [1], [64], [1], False, [0], 16, [True, True, True]),
+    ),
     "promotion": (aten.mul.Tensor, (X, X > 0.5)),
     "sum of bfloat16": (aten.sum.dim_IntList, (X.bfloat16(), [0, 2, 3])),
     "mean of bfloat16": (aten.mean.dim, (X.bfloat16(), [2, 3])),

@@ -17,6 +17,7 @@ from .base import OpCall
 
 aten = torch.ops.aten
 LOW_PRECISION = (torch.bfloat16, torch.float16)
+WIDEST_KERNEL = 14  # elements in a row up to which oneDNN has kernels for the gradients of weights
 CHANNEL_BLOCK = 16  # oneDNN's widest blocked layout (nChw16c) pads channels to a multiple of this
 
 
@@ -58,6 +59,15 @@ def _columns(x: torch.Tensor, w: torch.Tensor, spatial: torch.Size) -> int:
     return x.shape[0] * x.shape[1] * math.prod(w.shape[2:]) * math.prod(spatial) * x.element_size()
 
 
+def _as_matrix_product(x: torch.Tensor, w: torch.Tensor, spatial: torch.Size) -> int:
+    """A convolution in float32 that oneDNN has no kernel for runs as a matrix product: for each thread an image's unfolded
+    input, one group of it, and once more where that lies in channels-last. 0 where the kernel is not that wide."""
+    if x.dtype is not torch.float32 or w.shape[-1] <= WIDEST_KERNEL:
+        return 0
+    unfolded = w.shape[1] * math.prod(w.shape[2:]) * math.prod(spatial) * x.element_size()
+    return min(torch.get_num_threads(), x.shape[0]) * unfolded * (2 if _channels_last(x) else 1)
+
+
 def _reordered_input(x: torch.Tensor, w: torch.Tensor) -> int:
     """The input in blocks; an image of a few channels is read as it lies, unless the kernel is a large patch."""
     plain = x.shape[1] <= 4 and math.prod(w.shape[2:]) <= 49
@@ -86,6 +96,8 @@ def _convolution(call: OpCall) -> int:
     out_bytes = _blocked(out, (1,))
     computing = _reordered_input(x, w) + 2 * _blocked(w, (0,)) - _bytes(w) + out_bytes - _bytes(out)
     computing += _unit_stride_copy(x, w, strides, out.shape[2:])
+    if call.args[8] > 1 and w.shape[1] < CHANNEL_BLOCK:
+        computing = max(computing, _as_matrix_product(x, w, out.shape[2:]))
     return _contiguous_copies(call) + max(computing, (2 if transposed else 1) * out_bytes)
 
 
@@ -93,7 +105,8 @@ def _convolution_backward(call: OpCall) -> int:
     """First the input's gradient, in blocks and then plain (twice in blocks where the convolution is strided and not
     depthwise); then output gradient and input in blocks while the weight's gradient is summed up, with one more partial sum
     for each further thread where activations outweigh weights; then the weight's gradient in blocks beside the plain one.
-    cuDNN: one more copy of the weight's gradient."""
+    A wide kernel's gradients come from matrix products, with four partial sums for each thread. cuDNN: one more copy of the
+    weight's gradient."""
     if not _on_cpu(call):
         return _contiguous_copies(call) + _bytes(call.args[2])
     grad, x, w, _, strides = call.args[:5]
@@ -102,6 +115,10 @@ def _convolution_backward(call: OpCall) -> int:
     w_bytes = _blocked(w, (0,)) * (4 // min(4, w.element_size()))
     splits = min(torch.get_num_threads(), x.shape[0]) - 1
     partial = w_bytes * splits + (64 << 10) if _bytes(grad) + _bytes(x) > _bytes(w) else 0
+    unfolded = _as_matrix_product(x, w, grad.shape[2:])
+    if unfolded:
+        input_phase = _blocked(w, (0, 1)) + _bytes(grad) + _bytes(x) if call.args[10][0] else 0
+        return _contiguous_copies(call) + max(input_phase, unfolded + 4 * _bytes(w) * (splits + 1))
     if x.dtype in LOW_PRECISION:
         partial += _bytes(x) + w_bytes
     if _channels_last(x) or _channels_last(grad):
