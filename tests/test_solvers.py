@@ -133,6 +133,14 @@ def test_least_peak_within_a_given_extra_time():
     assert least_peak(problem).timeline.peak_bytes < solution.timeline.peak_bytes < peak(problem, 1.0)
 
 
+def test_least_peak_within_a_given_extra_time_is_never_above_a_start():
+    problem = load_instance("unet_8")
+    start = solve(problem, peak(problem, 0.5), time_limit_s=1.0)
+    found = least_peak(problem, max_overhead=start.timeline.overhead, time_limit_s=0.0, starts=(start.schedule,))
+    assert found.timeline.peak_bytes <= start.timeline.peak_bytes < peak(problem, 1.0)
+    assert found.timeline.overhead <= start.timeline.overhead
+
+
 def test_the_frontier_is_monotone_from_plain_to_least():
     problem = chain(6)
     curve = frontier(problem, 5)

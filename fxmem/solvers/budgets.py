@@ -98,7 +98,8 @@ def _least_within(task: Task, max_overhead: float) -> Solution:
     plain = solve(problem, simulate(problem, plain_schedule(problem)).peak_bytes)
     plain_bytes = plain.timeline.peak_bytes
     impossible_bytes = _ruled_out(problem, max_overhead, plain_bytes, time.monotonic() + task.limit_s / PROBES)
-    best, impossible_bytes = _close_in(task, max_overhead, impossible_bytes, plain)
+    best = _best_start(task, max_overhead, plain)
+    best, impossible_bytes = _close_in(task, max_overhead, impossible_bytes, plain_bytes, best)
     cut_short = BY_INTERRUPT if best.interrupted else BY_TIME_LIMIT if task.out_of_time else ""
     if best.timeline.overhead > 0 and not cut_short:
         left_s, peak_bytes = task.deadline - time.monotonic(), best.timeline.peak_bytes
@@ -107,14 +108,21 @@ def _least_within(task: Task, max_overhead: float) -> Solution:
     return replace(best, status=with_reason("optimal" if proven else "feasible", cut_short))
 
 
-def _close_in(task: Task, max_overhead: float, impossible_bytes: int, best: Solution) -> tuple[Solution, int]:
+def _best_start(task: Task, max_overhead: float, plain: Solution) -> Solution:
+    """The one with the least peak, of the plain schedule and of the starts that cost little enough."""
+    known = (Solution(s, simulate(task.problem, s), 0.0, "feasible", plain.solver, 0.0) for s in task.starts)
+    return min((plain, *(s for s in known if s.timeline.overhead <= max_overhead)), key=lambda s: s.timeline.peak_bytes)
+
+
+def _close_in(task: Task, max_overhead: float, impossible_bytes: int, plain_bytes: int, best: Solution) -> tuple[Solution, int]:
     """The least peak that is found between a budget that is too small and a solution, each schedule a start for the next; and
     the largest budget that is known to be too small."""
-    plain_bytes, starts, low_bytes, low_overhead = best.timeline.peak_bytes, list(task.starts), impossible_bytes, math.inf
+    starts, low_bytes, low_overhead = list(task.starts), impossible_bytes, math.inf
+    from_plain = best.timeline.peak_bytes == plain_bytes
     task, missed = replace(task, enough_s=max_overhead * task.problem.plain_time_s), False
     for k in range(PROBES):
         probe, room_bytes = low_bytes + (plain_bytes - low_bytes) // 16, best.timeline.peak_bytes - low_bytes
-        if k:
+        if k or not from_plain:
             if room_bytes <= NEARLY * plain_bytes:
                 break
             part = 0.5 if missed else _crossing(low_overhead, best.timeline.overhead, max_overhead)
