@@ -203,7 +203,8 @@ def plans(
     """Plans for several budgets and devices, from one capture: {(name of the cost model, budget): Plan}.
 
     Smaller budgets are solved first and start the larger ones, so that a larger budget never costs more extra time. A budget
-    that cannot be met has its InfeasibleBudgetError in place of a Plan. time_limit_s: for each. Otherwise as for `plan`.
+    that cannot be met has its InfeasibleBudgetError in place of a Plan. time_limit_s: for each; an interrupt leaves none for
+    the budgets that are still to be solved. Otherwise as for `plan`.
     """
     if isinstance(budgets, str) or not isinstance(budgets, Iterable):
         raise BudgetError(f"budgets={budgets!r} was given; give several, as in budgets=(0.7, 0.5)")
@@ -227,6 +228,7 @@ def plans(
                     _, plan_ = solve_for(prepared, wanted[budget], solver, time_limit_s, known)
                     found[prepared.cost, budget] = plan_
                     known.append(plan_)
+                    time_limit_s = 0.0 if plan_.solution.interrupted else time_limit_s
                 except InfeasibleBudgetError as error:
                     found[prepared.cost, budget] = error
     names = dict.fromkeys(name for name, _ in found)

@@ -133,5 +133,6 @@ def _in_place_of(plan_: Plan, better: Plan) -> Plan:
     """A better plan within the peak of another one, with what is known of all schedules within that peak."""
     bound = plan_.lower_bound_overhead if plan_.problem is better.problem else 0.0
     status = describe(better.predicted_overhead, bound, proven=False, cut_short=BY_TIME_LIMIT)
-    solution = replace(better.solution, lower_bound_overhead=bound, status=status)
+    interrupted = plan_.solution.interrupted
+    solution = replace(better.solution, lower_bound_overhead=bound, status=status, interrupted=interrupted)
     return replace(better, solution=solution, budget_bytes=plan_.budget_bytes, asked=plan_.asked)

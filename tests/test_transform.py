@@ -2,6 +2,7 @@
 
 import copy
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -26,7 +27,8 @@ from helpers.steps import assert_drop_in, assert_same, assert_same_steps, each_d
 from torch import nn
 
 import fxmem
-from fxmem import capture, prepared
+from fxmem import api, capture, prepared
+from fxmem.planning import solve_for
 from fxmem.torchvision_models import load_torchvision
 
 
@@ -528,6 +530,20 @@ def test_frontier():
     curve = fxmem.frontier(ConvNet(), images(), points=4, time_limit_s=2)
     peaks, times = [p.predicted_peak_bytes for p in curve], [p.predicted_overhead for p in curve]
     assert peaks == sorted(peaks, reverse=True) and times == sorted(times) and times[0] == 0 and len(curve) >= 2
+
+
+def test_an_interrupt_leaves_no_time_for_further_budgets(monkeypatch):
+    limits = []
+
+    def interrupted_at_once(prepared, budget, solver, time_limit_s, known):
+        limits.append(time_limit_s)
+        program, plan = solve_for(prepared, budget, solver, time_limit_s, known)
+        return program, replace(plan, solution=replace(plan.solution, interrupted=len(limits) == 2))
+
+    monkeypatch.setattr(api, "solve_for", interrupted_at_once)
+    found = fxmem.plans(ConvNet(), (torch.randn(2, 3, 16, 16),), budgets=(0.95, 0.9, 0.85), time_limit_s=2.0)
+    assert limits == [2.0, 2.0, 0.0]
+    assert all(plan.predicted_peak_bytes <= plan.budget_bytes for plan in found.values())
 
 
 def test_several_budgets_and_devices_from_one_capture(monkeypatch):
