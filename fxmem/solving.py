@@ -14,7 +14,7 @@ from .problem import Problem
 from .progress import detail, phase
 from .schedule import Schedule, plain_schedule, simulate
 from .solvers import Solution, find_solver, frontier, least_peak, solve
-from .solvers.bound import MOST_VARIABLES, Relaxation
+from .solvers.bound import Relaxation
 from .solvers.budgets import NEARLY
 from .solvers.stages import compile_problem
 from .solvers.state import least_possible_bytes
@@ -158,8 +158,8 @@ def _promises(problem: Problem, other: Problem, budget_bytes: int | None) -> boo
     if budget_bytes is None or simulate(other, plain_schedule(other)).peak_bytes <= budget_bytes:
         return False
     relaxations = [Relaxation(c, budget_bytes) for c in compiled]
-    if relaxations[0].variables > MOST_VARIABLES:
-        return False  # the relaxation alone would take long
+    if relaxations[0].takes_long:
+        return False
     bound_s, bound_of_other_s = (relaxation.solve(math.inf).bound for relaxation in relaxations)
     return bound_s < bound_of_other_s * (1 - WORTH_AN_ORDER)
 

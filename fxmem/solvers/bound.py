@@ -27,7 +27,7 @@ from .highs import Outcome, Program, minimize
 from .stages import Compiled, Stage, members
 
 WINDOWS = (1, 12)
-MOST_VARIABLES = 20_000
+MOST_VARIABLES = 20_000  # of a program that is solved for a bound in seconds
 MOST_ENTRIES = 250_000
 MOST_NODES, NODES_X_VARIABLES = 300, 100_000  # the first node gains nearly all that there is to gain
 INTEGER_LIMIT_S = 15.0  # never reached but on a slow machine: nodes are counted
@@ -41,7 +41,7 @@ def lower_bound(compiled: Compiled, budget_bytes: int, deadline: float, log: lis
     for windows in WINDOWS:
         begin = time.monotonic()
         relaxation = Relaxation(compiled, budget_bytes, even_edges(compiled, windows))
-        if relaxation.variables > MOST_VARIABLES:
+        if relaxation.takes_long:
             break
         limit = min(deadline, begin + INTEGER_LIMIT_S)
         outcome = relaxation.solve(limit)
@@ -156,6 +156,11 @@ class Relaxation:
             self.backward_fits()
         most_nodes = most_nodes or min(MOST_NODES, 1 + NODES_X_VARIABLES // max(1, self.variables))
         return minimize(self.program(integer), deadline=deadline, most_nodes=most_nodes)
+
+    @property
+    def takes_long(self) -> bool:
+        """Whether solving it takes a large part of a minute."""
+        return self.variables > MOST_VARIABLES
 
     def s(self, window: int, k: int) -> int:
         return window * self.width + self.column[k]

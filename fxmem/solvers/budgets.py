@@ -11,7 +11,7 @@ from ..errors import InfeasibleBudgetError
 from ..problem import Problem
 from ..schedule import Schedule, plain_schedule, simulate
 from .base import BY_INTERRUPT, BY_TIME_LIMIT, Progress, Solution, Task, with_reason
-from .bound import MOST_VARIABLES, Relaxation
+from .bound import Relaxation
 from .driver import solve, solve_task
 from .minimum import smallest_schedule
 from .stages import compile_problem
@@ -161,7 +161,7 @@ def _ruled_out(problem: Problem, max_overhead: float, high_bytes: int, deadline:
     """A budget that no schedule of that extra time can meet, nearly the largest that the one-window bound tells."""
     compiled, most_s = compile_problem(problem), max_overhead * problem.plain_time_s * (1 + 1e-5)
     low_bytes = least_possible_bytes(problem, compiled) - 1
-    if Relaxation(compiled, high_bytes).variables > MOST_VARIABLES:
+    if Relaxation(compiled, high_bytes).takes_long:
         return low_bytes
     while high_bytes - low_bytes > 1 + high_bytes // 256 and time.monotonic() < deadline:
         middle = (low_bytes + high_bytes) // 2
