@@ -78,8 +78,8 @@ def transform(
     progress: False for silence; otherwise a line in the terminal tells what takes so long, where rich is installed.
 
     The peak counts parameters, buffers, inputs, all that is computed, gradients of parameters and inputs, and workspaces.
-    Raises BudgetError, InfeasibleBudgetError, CaptureError, CostError, ImplementationError and PlanError, all of them
-    FxmemError; `module` is then untouched.
+    Raises FxmemError for a solver or switch that is none, and its subclasses BudgetError, InfeasibleBudgetError, CaptureError,
+    CostError, ImplementationError and PlanError; `module` is then untouched.
     """
     given = None
     _check_switches(arena=arena)
@@ -204,7 +204,7 @@ def plans(
 
     Smaller budgets are solved first and start the larger ones, so that a larger budget never costs more extra time. A budget
     that cannot be met has its InfeasibleBudgetError in place of a Plan. time_limit_s: for each; an interrupt leaves none for
-    the budgets that are still to be solved. Otherwise as for `plan`.
+    the budgets that are still to be solved, where a plan that fits is known. Otherwise as for `plan`.
     """
     if isinstance(budgets, str) or not isinstance(budgets, Iterable):
         raise BudgetError(f"budgets={budgets!r} was given; give several, as in budgets=(0.7, 0.5)")

@@ -18,7 +18,7 @@ from .decisions import Plan
 from .errors import BudgetError, InfeasibleBudgetError, PlanError
 from .prepared import Prepared, prepare
 from .saving import cache_path, check_fits, load_plan
-from .solvers.base import BY_TIME_LIMIT, describe
+from .solvers.base import BY_INTERRUPT, BY_TIME_LIMIT, describe
 from .solving import check_solver, choose_program, unsolved
 
 log = logging.getLogger(__name__)
@@ -132,7 +132,8 @@ def none_better(plans_: Sequence[Plan], others: Sequence[Plan]) -> tuple[Plan, .
 def _in_place_of(plan_: Plan, better: Plan) -> Plan:
     """A better plan within the peak of another one, with what is known of all schedules within that peak."""
     bound = plan_.lower_bound_overhead if plan_.problem is better.problem else 0.0
-    status = describe(better.predicted_overhead, bound, proven=False, cut_short=BY_TIME_LIMIT)
     interrupted = plan_.solution.interrupted
+    cut_short = BY_INTERRUPT if interrupted else BY_TIME_LIMIT
+    status = describe(better.predicted_overhead, bound, proven=False, cut_short=cut_short)
     solution = replace(better.solution, lower_bound_overhead=bound, status=status, interrupted=interrupted)
     return replace(better, solution=solution, budget_bytes=plan_.budget_bytes, asked=plan_.asked)

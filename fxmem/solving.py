@@ -14,6 +14,7 @@ from .problem import Problem
 from .progress import detail, phase
 from .schedule import Schedule, plain_schedule, simulate
 from .solvers import Solution, find_solver, frontier, least_peak, solve
+from .solvers.base import BY_INTERRUPT, with_reason
 from .solvers.bound import Relaxation
 from .solvers.budgets import NEARLY
 from .solvers.stages import compile_problem
@@ -97,6 +98,7 @@ def choose_program(
             continue
         found[number] = _over_plain(solution, slower)
         if solution.interrupted:
+            found = {n: _cut_short(s) for n, s in found.items()}
             break
     if not found:
         raise min(errors, key=lambda error: error.min_budget_bytes)
@@ -114,6 +116,8 @@ def choose_frontier(problems: Sequence[Problem], points: int, time_limit_s: floa
         slower = _slower(problems[number], problems[0])
         solutions = frontier(problems[number], points, time_limit_s=time_limit_s / len(worth_solving), progress=detail)
         found += [(number, _over_plain(solution, slower)) for solution in solutions]
+        if any(solution.interrupted for solution in solutions):
+            break
     kept: list[tuple[int, Solution]] = []
     for number, solution in sorted(found, key=lambda item: _worth(item[1], least=True)):
         if not kept or solution.timeline.overhead < kept[-1][1].timeline.overhead:
@@ -170,6 +174,13 @@ def _over_plain(solution: Solution, slower: float) -> Solution:
         return solution
     extra, bound = ((1 + o) * (1 + slower) - 1 for o in (solution.timeline.overhead, solution.lower_bound_overhead))
     return replace(solution, timeline=replace(solution.timeline, overhead=extra), lower_bound_overhead=bound)
+
+
+def _cut_short(solution: Solution) -> Solution:
+    """With a word of it that somebody interrupted the question that it answers, which may have been in another program."""
+    if solution.interrupted:
+        return solution
+    return replace(solution, interrupted=True, status=with_reason(solution.status, BY_INTERRUPT))
 
 
 def _worth(solution: Solution, least: bool) -> tuple[float, float]:

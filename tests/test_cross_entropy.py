@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from helpers.steps import transform
 from torch import nn
 
 import fxmem
+from fxmem import solving
 from fxmem.budget import Budget
 from fxmem.checking import force
 from fxmem.errors import ImplementationError, InfeasibleBudgetError
@@ -217,6 +219,13 @@ PROGRAMS = step_of(1.0, 100), step_of(2.0, 50)  # the second takes a quarter mor
 def test_the_better_program_is_taken(budget, number, overhead):
     chosen, solution = choose_program(PROGRAMS, budget, 140, time_limit_s=2.0)
     assert (chosen, solution.timeline.overhead) == (number, pytest.approx(overhead))
+
+
+def test_an_interrupt_of_one_program_is_told_where_the_other_is_taken(monkeypatch):
+    programs, choose = (PROGRAMS[0], step_of(2.0, 130)), solving.choose
+    monkeypatch.setattr(solving, "choose", lambda p, *args: replace(choose(p, *args), interrupted=p is programs[1]))
+    chosen, solution = choose_program(programs, Budget(least=True), 140, time_limit_s=2.0)
+    assert chosen == 0 and solution.interrupted
 
 
 def test_no_program_fits():

@@ -110,7 +110,9 @@ def test_what_does_not_fit_is_packed_until_it_does():
     assert simulate(problem, state.schedule()).peak_bytes == state.worst_bytes <= budget_bytes
 
 
-def test_where_no_set_frees_all_that_is_lacking_several_do():
+def test_where_no_set_frees_all_that_is_lacking_several_do(monkeypatch):
+    solved = []
+    monkeypatch.setattr(packing, "minimize", lambda *a, **k: solved.append(highs.minimize(*a, **k)) or solved[-1])
     problem = load_instance("unet_8")
     compiled, budget_bytes = compile_problem(problem), budget_of(problem, 0.236)
     state = State(compiled, budget_bytes, list(hint(compiled, budget_bytes, math.inf)))
@@ -118,6 +120,8 @@ def test_where_no_set_frees_all_that_is_lacking_several_do():
     priced = list(packing._priced(state, moves, math.inf))
     knapsack = packing._Knapsack(priced, budget_bytes - packing._moments(state), state.everything)
     assert not knapsack.solve(math.inf) and knapsack.solve(math.inf, within=False, rounded=True)
+    added = np.cumsum(knapsack.steps @ solved[-1].x[: len(priced)])
+    assert set(np.flatnonzero(added > knapsack.room + 1e-6 * knapsack.unit)) <= set(knapsack.moments)
     assert not pack(state, moves)
     assert state.excess_bytes < 0.1 * lacking
     assert simulate(problem, state.schedule()).peak_bytes == state.worst_bytes

@@ -17,7 +17,8 @@ from .base import OpCall
 
 aten = torch.ops.aten
 LOW_PRECISION = (torch.bfloat16, torch.float16)
-WIDEST_KERNEL = 14  # elements in a row up to which oneDNN has kernels for the gradients of weights
+WIDEST_KERNEL = 14  # elements in a row up to which oneDNN has kernels for convolutions
+UNFOLDED_BLOCK = 1 << 20  # bytes for each thread that the forward unfolds at once, at most
 CHANNEL_BLOCK = 16  # oneDNN's widest blocked layout (nChw16c) pads channels to a multiple of this
 
 
@@ -59,13 +60,14 @@ def _columns(x: torch.Tensor, w: torch.Tensor, spatial: torch.Size) -> int:
     return x.shape[0] * x.shape[1] * math.prod(w.shape[2:]) * math.prod(spatial) * x.element_size()
 
 
-def _as_matrix_product(x: torch.Tensor, w: torch.Tensor, spatial: torch.Size) -> int:
-    """A convolution in float32 that oneDNN has no kernel for runs as a matrix product: for each thread an image's unfolded
-    input, one group of it, and once more where that lies in channels-last. 0 where the kernel is not that wide."""
+def _unfolded(x: torch.Tensor, w: torch.Tensor, spatial: torch.Size) -> int:
+    """The unfolded input of one image and group, for as many images as run at once: oneDNN has kernels of its own for rows of
+    up to WIDEST_KERNEL elements (their number does not matter), for wider ones in float32 a matrix product; otherwise 0.
+    Low precision was not fitted there."""
     if x.dtype is not torch.float32 or w.shape[-1] <= WIDEST_KERNEL:
         return 0
-    unfolded = w.shape[1] * math.prod(w.shape[2:]) * math.prod(spatial) * x.element_size()
-    return min(torch.get_num_threads(), x.shape[0]) * unfolded * (2 if _channels_last(x) else 1)
+    images = min(torch.get_num_threads(), x.shape[0])
+    return images * w.shape[1] * math.prod(w.shape[2:]) * math.prod(spatial) * x.element_size()
 
 
 def _reordered_input(x: torch.Tensor, w: torch.Tensor) -> int:
@@ -96,8 +98,8 @@ def _convolution(call: OpCall) -> int:
     out_bytes = _blocked(out, (1,))
     computing = _reordered_input(x, w) + 2 * _blocked(w, (0,)) - _bytes(w) + out_bytes - _bytes(out)
     computing += _unit_stride_copy(x, w, strides, out.shape[2:])
-    if call.args[8] > 1 and w.shape[1] < CHANNEL_BLOCK:
-        computing = max(computing, _as_matrix_product(x, w, out.shape[2:]))
+    unfolded = _unfolded(x, w, x.shape[2:] if transposed else out.shape[2:])
+    computing += min(unfolded, torch.get_num_threads() * UNFOLDED_BLOCK)
     return _contiguous_copies(call) + max(computing, (2 if transposed else 1) * out_bytes)
 
 
@@ -105,8 +107,7 @@ def _convolution_backward(call: OpCall) -> int:
     """First the input's gradient, in blocks and then plain (twice in blocks where the convolution is strided and not
     depthwise); then output gradient and input in blocks while the weight's gradient is summed up, with one more partial sum
     for each further thread where activations outweigh weights; then the weight's gradient in blocks beside the plain one.
-    A wide kernel's gradients come from matrix products, with four partial sums for each thread. cuDNN: one more copy of the
-    weight's gradient."""
+    cuDNN: one more copy of the weight's gradient."""
     if not _on_cpu(call):
         return _contiguous_copies(call) + _bytes(call.args[2])
     grad, x, w, _, strides = call.args[:5]
@@ -115,10 +116,8 @@ def _convolution_backward(call: OpCall) -> int:
     w_bytes = _blocked(w, (0,)) * (4 // min(4, w.element_size()))
     splits = min(torch.get_num_threads(), x.shape[0]) - 1
     partial = w_bytes * splits + (64 << 10) if _bytes(grad) + _bytes(x) > _bytes(w) else 0
-    unfolded = _as_matrix_product(x, w, grad.shape[2:])
-    if unfolded:
-        input_phase = _blocked(w, (0, 1)) + _bytes(grad) + _bytes(x) if call.args[10][0] else 0
-        return _contiguous_copies(call) + max(input_phase, unfolded + 4 * _bytes(w) * (splits + 1))
+    if w.shape[-1] > WIDEST_KERNEL and x.dtype is torch.float32:
+        return _contiguous_copies(call) + _wide_convolution_backward(call)
     if x.dtype in LOW_PRECISION:
         partial += _bytes(x) + w_bytes
     if _channels_last(x) or _channels_last(grad):
@@ -131,6 +130,16 @@ def _convolution_backward(call: OpCall) -> int:
         input_phase = max(input_phase, 3 * x_bytes - call.new_output_bytes)
     weight_phase = grad_bytes + x_bytes + partial + _unit_stride_copy(x, w, strides, grad.shape[2:]) if call.args[10][1] else 0
     return _contiguous_copies(call) + max(input_phase, weight_phase, w_bytes)
+
+
+def _wide_convolution_backward(call: OpCall) -> int:
+    """Gradients by matrix products: of the weight with four partial sums of it for each thread."""
+    grad, x, w = call.args[:3]
+    layouts, images = {_channels_last(x), _channels_last(w)}, min(torch.get_num_threads(), x.shape[0])
+    unfolded = _unfolded(x, w, x.shape[2:] if call.args[7] else grad.shape[2:]) * (2 if _channels_last(x) else 1)
+    weight_phase = unfolded + 4 * _bytes(w) * images + (_bytes(w) if len(layouts) > 1 else 0)
+    input_phase = _blocked(w, (0, 1)) + 2 * _bytes(grad) + _bytes(x)
+    return max(input_phase if call.args[10][0] else 0, weight_phase if call.args[10][1] else 0)
 
 
 def _blocks_of_each_group(w: torch.Tensor, groups: int) -> int:

@@ -27,7 +27,7 @@ from .highs import Outcome, Program, minimize
 from .stages import Compiled, Stage, members
 
 WINDOWS = (1, 12)
-MOST_VARIABLES = 20_000  # of a program that is solved for a bound in seconds
+MOST_VARIABLES = 20_000  # of a program that takes a small part of a minute
 MOST_ENTRIES = 250_000
 MOST_NODES, NODES_X_VARIABLES = 300, 100_000  # the first node gains nearly all that there is to gain
 INTEGER_LIMIT_S = 15.0  # never reached but on a slow machine: nodes are counted
@@ -159,7 +159,7 @@ class Relaxation:
 
     @property
     def takes_long(self) -> bool:
-        """Whether solving it takes a large part of a minute."""
+        """Whether solving it takes more than a small part of a minute."""
         return self.variables > MOST_VARIABLES
 
     def s(self, window: int, k: int) -> int:

@@ -122,7 +122,8 @@ def _close_in(task: Task, max_overhead: float, impossible_bytes: int, plain_byte
     task, missed = replace(task, enough_s=max_overhead * task.problem.plain_time_s), False
     for k in range(PROBES):
         probe, room_bytes = low_bytes + (plain_bytes - low_bytes) // 16, best.timeline.peak_bytes - low_bytes
-        if k or not from_plain:
+        only_low = from_plain and k == 0  # where nothing is known, one that is too small tells most
+        if not only_low:
             if room_bytes <= NEARLY * plain_bytes:
                 break
             part = 0.5 if missed else _crossing(low_overhead, best.timeline.overhead, max_overhead)
@@ -137,7 +138,7 @@ def _close_in(task: Task, max_overhead: float, impossible_bytes: int, plain_byte
         except KeyboardInterrupt:
             return replace(best, interrupted=True), impossible_bytes
         starts.append(found.schedule)
-        missed = k > 0 and found.timeline.overhead > max_overhead
+        missed = not only_low and found.timeline.overhead > max_overhead
         if found.timeline.overhead <= max_overhead:
             best = min(best, found, key=lambda s: s.timeline.peak_bytes)
             task = replace(task, with_peers=False)  # theirs are not as good

@@ -28,12 +28,12 @@ from .state import State
 
 RANDOM_X_STAGES, LEAST_RANDOM, MOST_RANDOM = 200_000, 400, 700  # random moves, by the number of stages
 SURE_ROUNDS, MOST_ROUNDS = 8, 40
-SAVED = 0.01  # of the extra time: a later round that saves less is the last
-FREED = 0.1  # of the bytes too many: a round that frees less is the last
+SAVED = 0.01  # of the extra time: a round after the sure ones that saves less is the last
+FREED = 0.1  # of the bytes too many: a round that frees less, any at all, is the last, for annealing does that better
 ATTEMPTS = 3
 MOST_NODES = 200
 MOST_CUTS = 20
-LACKING = 10.0  # what the most bytes that a move can free at a moment weigh there, in times of the most that one costs
+LACKING = 10.0  # what lacking the most bytes that a move adds or frees at a moment weighs, in times of the most that one costs
 BLOCK = 64  # moves written out in full at a time
 CUTS = 20
 Wishes = dict[int, int]
@@ -82,6 +82,8 @@ def _fit(state: State, knapsack: _Knapsack, before: tuple[int, float], deadline:
     room, chosen = knapsack.room, []
     for _ in range(ATTEMPTS):
         chosen = knapsack.solve(deadline) or chosen
+        if not chosen:
+            break
         for move in chosen:
             _flip(state, move)
         if not state.excess_bytes and _rank(state) < before:
@@ -93,11 +95,11 @@ def _fit(state: State, knapsack: _Knapsack, before: tuple[int, float], deadline:
             break
         knapsack.room = knapsack.room - 1.5 * over
     knapsack.room = room
-    return _one_by_one(state, chosen)
+    return bool(chosen) and _one_by_one(state, chosen)
 
 
 def _near(state: State, knapsack: _Knapsack, before: tuple[int, float], deadline: float) -> bool:
-    """Make a set of moves with which fewer bytes are too many, where no set leaves none."""
+    """Make a set of moves that leaves fewer bytes too many, where none was found that leaves none."""
     for rounded in (True, False):
         for move in knapsack.solve(deadline, within=False, rounded=rounded):
             _flip(state, move)
@@ -175,8 +177,8 @@ def _proposals(state: State, moves: Moves) -> Iterator[Iterator[Wishes]]:
 class _Knapsack:
     """Least time within the room of each moment, one move of each clique.
 
-    Of hundreds of moments only some dozens are ever short of room: their rows are added as the linear relaxation runs over
-    them, and the integer program is solved with those alone.
+    Where the state fits, of hundreds of moments only some dozens are ever short of room: their rows are added as the linear
+    relaxation runs over them, and the integer program is solved with those alone.
     """
 
     def __init__(self, priced: list[Priced], room: np.ndarray, storages: int):
@@ -193,6 +195,7 @@ class _Knapsack:
         self.cliques = _cliques(priced, storages)
         self.short = np.flatnonzero(room < 0)
         self.moments: list[int] = []  # that have a row
+        self._rows: dict[int, tuple[list[int], list[float]]] = {}
 
     def solve(self, deadline: float, within: bool = True, rounded: bool = False) -> list[Priced]:
         """The moves to make, none where nothing is better. within: with bytes too many nowhere; otherwise where the state has
@@ -208,8 +211,8 @@ class _Knapsack:
                 return []
             x = x[:count]
             over = (np.cumsum(self.steps @ (np.round(x) if integer else x)) - self.room) / self.unit
-            worst = [int(row) for row in np.argsort(-over, kind="stable")[:CUTS] if over[row] > 1e-6]
-            new = [row for row in worst if row not in self.moments]
+            over[self.moments] = 0
+            new = [int(row) for row in np.argsort(-over, kind="stable")[:CUTS] if over[row] > 1e-6]
             if not new and (integer or rounded):
                 return [self.priced[j] for j, value in enumerate(x) if value > 0.5]
             self.moments += new
@@ -224,15 +227,22 @@ class _Knapsack:
             most = np.maximum(most, np.abs(added).max(axis=1))
         return most
 
+    def _row(self, moment: int) -> tuple[list[int], list[float]]:
+        """The moves that add or free bytes at a moment, and how many units."""
+        if moment not in self._rows:
+            added = self.steps[: moment + 1].sum(axis=0)
+            (at,) = np.nonzero(added)
+            self._rows[moment] = at.tolist(), (added[at] / self.unit[moment]).tolist()
+        return self._rows[moment]
+
     def _program(self, integer: bool, within: bool) -> Program:
         """Beside a variable for each move, one for each moment that is short of room: what it still lacks."""
         starts, columns, values, upper, count = [0], [], [], [], len(self.priced)
         lacking = {int(row): count + n for n, row in enumerate(self.short)}
         for row in self.moments:
-            added = self.steps[: row + 1].sum(axis=0)
-            (at,) = np.nonzero(added)
-            columns += at.tolist()
-            values += (added[at] / self.unit[row]).tolist()
+            at, added = self._row(row)
+            columns += at
+            values += added
             if row in lacking:
                 columns.append(lacking[row])
                 values.append(-1.0)

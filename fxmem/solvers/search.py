@@ -37,7 +37,8 @@ RUNS_X_STAGES, LEAST_RUNS = 900, 2  # as many of FRESH begin a search, by the nu
 MOST_FOR_FRESH = 600  # stages above which annealing from the advice sees too little to beat packing it
 PACKED = 2  # of a round's best, one for each of two processes
 MOST_ROUNDS = 12
-SENSIBLE = 4.0  # times the extra time of the advice in segments: advice that can be taken as it is
+SENSIBLE = 4.0  # times the extra time of the advice in segments: advice that can be taken as it is; times the best extra time:
+# a start that is worth packing though it does not fit
 NOT_FAR = 1.5  # times the best extra time: a start that is worth packing
 NEAR = 0.05  # over the bound: one more round is enough
 WORTHWHILE = 5e-3  # of the extra time: a round that saves less is idle
@@ -146,7 +147,7 @@ class _Search:
         self.fresh = Run(task.problem, budget_bytes, self.advised[-1].desired, effort(compiled), 0)
 
     def run(self, thorough: bool, more_starts: MoreStarts | None) -> Incumbent:
-        """Packing, a round from the relaxation's advice, then rounds from the best so far."""
+        """Packing, a round from the relaxation's advice or from what packing made of it, then rounds from the best so far."""
         best = self._advice_packed()
         if more_starts and not best.stopped and not self._is_settled(best):
             best = self._more_packed(best, *more_starts(best.time_s))
@@ -204,7 +205,8 @@ class _Search:
         return best.desired is not None and self.task.is_settled(best.time_s)
 
     def _worthwhile(self, best: Incumbent, thorough: bool) -> tuple[list[Run], int]:
-        """The runs from the advice, and how many idle rounds to bear after them."""
+        """The runs from the advice, or, where nothing fits yet, from the least peak so far; and how many idle rounds to bear
+        after them."""
         stages, patience = len(self.compiled.stages), max(1, int(self.task.limit_s / IDLE_ROUNDS_S))
         runs = _varied(self.fresh, stages)
         if best.desired is None:
