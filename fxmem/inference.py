@@ -29,6 +29,7 @@ from .passes import (
     Rematerialize,
     SingleResults,
     UpdateBuffers,
+    WriteViews,
 )
 from .prepared import device_of, shape_prop
 from .progress import phase
@@ -52,7 +53,7 @@ def _plan(module: nn.Module, args: tuple, kwargs: Mapping[str, Any], inplace: bo
     phase("planning inference")
     captured = capture(module, args, kwargs, inference=True)
     joint = captured.joint
-    for graph_pass in (NameNodes(), MatchEager(), SingleResults(), UpdateBuffers(), shape_prop(device)):
+    for graph_pass in (NameNodes(), MatchEager(), WriteViews(), SingleResults(), UpdateBuffers(), shape_prop(device)):
         graph_pass(joint)
     for graph_pass in (Liveness(), MarkRegions(), *([MarkInplace()] if inplace else []), Costs(model)):
         graph_pass(joint)

@@ -187,9 +187,13 @@ BATCH_NORMS = {
 }  # fmt: skip
 
 
+# Whose forms are kernels of their own by name, and compute elsewhere and copy.
+ELSEWHERE = {aten._fft_c2c.default, aten._fft_r2c.default, aten._fft_c2r.default}
+
+
 def out_form(target: Any, args: tuple, kwargs: dict[str, Any], device_type: str) -> OutForm | None:
     """The form of an operator's call that writes where it is told, by kernels of its own on a kind of device, or None."""
-    if not isinstance(target, OpOverload) or (target in BATCH_NORMS and _mixed(args)):
+    if not isinstance(target, OpOverload) or target in ELSEWHERE or (target in BATCH_NORMS and _mixed(args)):
         return None
     if target not in MADE_UP:
         own = out_overload(target, device_type)

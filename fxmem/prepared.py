@@ -26,6 +26,7 @@ from .passes import (
     MarkInplace,
     MarkRegions,
     MatchEager,
+    MergeCasts,
     NameNodes,
     OfferImplementations,
     OwnGradients,
@@ -35,7 +36,9 @@ from .passes import (
     ShapeProp,
     SplitConvolutions,
     UpdateBuffers,
+    WriteViews,
 )
+from .passes.merge_casts import keeps_casts
 from .passes.reorder import better_order
 from .problem import without_recompute
 from .progress import detail, phase
@@ -158,7 +161,8 @@ def prepare(
     phase("capturing")
     captured = capture(module, args, kwargs, output_gradients)
     phase("preparing")
-    for graph_pass in (SplitConvolutions(), NameNodes(), MatchEager(), rewrite_backward):
+    merge = (MergeCasts(),) if keeps_casts(captured.torch_level) else ()
+    for graph_pass in (SplitConvolutions(), NameNodes(), MatchEager(), *merge, WriteViews(), rewrite_backward):
         graph_pass(captured.joint)
     other = None
     if rewrite.applies(captured.joint):  # a copy of a large graph takes seconds

@@ -1,7 +1,9 @@
 """A planned step leaves what the plain step leaves, bit for bit: outputs, gradients, buffers, random numbers."""
 
+import contextlib
 import copy
 import functools
+import re
 from dataclasses import replace
 
 import pytest
@@ -424,6 +426,86 @@ def test_autocast():
     with messages() as said, autocast():
         assert_same_steps(plain, captured_outside, args, steps=1)
     assert len(said) == 1
+
+
+class Shared(nn.Module):
+    """A layer that is used several times, a table that is read and multiplied by, and a weight that the loss reads as it is."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.table = nn.Linear(32, 32), nn.Embedding(8, 32)
+
+    def forward(self, x):
+        h = self.layer(x + self.table.weight)
+        for _ in range(3):
+            h = self.layer(torch.tanh(h))
+        scores = (F.linear(h, self.table.weight), F.linear(torch.tanh(h), self.table.weight))
+        return sum(s.float().square().mean() for s in scores) + self.layer.weight.square().sum()
+
+
+class SharedInside(Shared):
+    def forward(self, x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return super().forward(x)
+
+
+@pytest.mark.parametrize(("make", "around"), [(Shared, True), (SharedInside, True), (SharedInside, False)])
+def test_autocast_casts_a_parameter_once(make, around):
+    """Gradients of all uses are summed up in bfloat16 then."""
+    torch.manual_seed(0)
+    model, args = make(), (torch.randn(8, 32),)
+    with torch.autocast("cpu", dtype=torch.bfloat16) if around else contextlib.nullcontext():
+        planned = assert_drop_in(model, args)
+    code = planned.print_readable(print_output=False)
+    assert len(set(re.findall(r"\w+ = torch\.ops\.aten\._to_copy\.default\(layer_weight, ", code))) <= 2  # and one again
+
+
+class RowsWritten(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(1000))
+
+    def forward(self, x):
+        h = (x * self.w).sigmoid()
+        g = torch.zeros_like(h)
+        g[:1] = h[:1]
+        g[40:42] = h[40:42].exp()
+        return (g * h).tanh()
+
+
+class HalvesWritten(RowsWritten):
+    """Broadcast, of another type, and read through the view that was written."""
+
+    def forward(self, x):
+        h = (x * self.w).sigmoid().clone()
+        view = h[60:, ::2]
+        view.copy_(h[:1, ::2].double().exp())
+        return h.tanh().sum() + (view * view).sum()
+
+
+class RealTransform(RowsWritten):
+    def forward(self, x):
+        return torch.fft.rfftn(x * self.w, dim=(1, 0)).abs().mean()
+
+
+class Conjugated(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(64, 64, dtype=torch.complex64))
+
+    def forward(self, x):
+        return (torch.view_as_complex(x.view(-1, 64, 2)) @ self.w @ self.w.conj().T).abs().mean()
+
+
+@pytest.mark.parametrize("make", [RowsWritten, HalvesWritten, RealTransform, Conjugated])
+@pytest.mark.parametrize("options", [{"budget": None}, {"budget": "min"}, {"budget": 0.9, "arena": True}], ids=str)
+def test_writes_into_views_and_conjugates_are_counted(make, options):
+    torch.manual_seed(0)
+    x = torch.randn(64, 1024 if make is Conjugated else 1000).requires_grad_()
+    planned = assert_drop_in(make(), (x,), cost="measured", **options)
+    measured = fxmem.measure(planned, (x,), repeats=1).peak_bytes
+    assert 0.95 * planned.plan.predicted_peak_bytes <= measured <= planned.plan.predicted_peak_bytes
+    assert all(node.target is not torch.ops.aten.copy.default for r in planned.regions for node in r.forward_graph.graph.nodes)
 
 
 def test_autocast_is_still_in_force_after_a_call():

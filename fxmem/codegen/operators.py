@@ -9,7 +9,16 @@ import torch
 from ..inplace import INPLACE_FORMS, InplaceForm
 from ..torch_internals import suggested_format
 
-__all__ = ["dropout_apply", "in_format_of", "in_kernel_format", "replay", "rng_state"]
+__all__ = [
+    "SCATTERS",
+    "as_strided_scatter",
+    "dropout_apply",
+    "in_format_of",
+    "in_kernel_format",
+    "laid_out",
+    "replay",
+    "rng_state",
+]
 
 
 _library = torch.library.Library("fxmem", "FRAGMENT")
@@ -34,6 +43,45 @@ _library.define("dropout_apply_(Tensor(a!) value, Tensor mask, float scale) -> T
 _library.impl("dropout_apply_", _dropout_apply_, "CompositeExplicitAutograd")
 dropout_apply = torch.ops.fxmem.dropout_apply.default
 INPLACE_FORMS[dropout_apply] = InplaceForm(torch.ops.fxmem.dropout_apply_.default)
+
+
+def _laid_out(value: torch.Tensor, size: list[int], stride: list[int], dtype: torch.dtype) -> torch.Tensor:
+    """A copy of `value`, broadcast to a size, with strides and a type of its own."""
+    return torch.empty_strided(size, stride, dtype=dtype, device=value.device).copy_(value)
+
+
+_library.define("laid_out(Tensor value, int[] size, int[] stride, *, ScalarType dtype) -> Tensor")
+_library.impl("laid_out", _laid_out, "CompositeExplicitAutograd")
+laid_out = torch.ops.fxmem.laid_out.default
+
+
+def _scatter(view: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """`self` with `src` where a view of it lies, strides included; aten's own clone the whole storage that `self` lies in."""
+
+    def scatter(self: torch.Tensor, src: torch.Tensor, *where) -> torch.Tensor:
+        overlaps = any(stride == 0 and size > 1 for size, stride in zip(self.shape, self.stride(), strict=True))
+        made = (
+            self.clone()
+            if overlaps
+            else torch.empty_strided(self.shape, self.stride(), dtype=self.dtype, device=self.device).copy_(self)
+        )
+        view(made, *where).copy_(src)
+        return made
+
+    return scatter
+
+
+SCATTERS = {}
+for _name, _where, _view in (
+    ("slice_scatter", "int dim=0, int? start=None, int? end=None, int step=1", torch.ops.aten.slice.Tensor),
+    ("select_scatter", "int dim, int index", torch.select),
+    ("diagonal_scatter", "int offset=0, int dim1=0, int dim2=1", torch.diagonal),
+    ("as_strided_scatter", "int[] size, int[] stride, int storage_offset=0", torch.as_strided),
+):
+    _library.define(f"{_name}(Tensor self, Tensor src, {_where}) -> Tensor")
+    _library.impl(_name, _scatter(_view), "CompositeExplicitAutograd")
+    SCATTERS[getattr(torch.ops.aten, _name).default] = getattr(torch.ops.fxmem, _name).default
+as_strided_scatter = torch.ops.fxmem.as_strided_scatter.default
 
 
 @torch.fx.wrap

@@ -149,7 +149,8 @@ def _signature(call: OpCall) -> tuple:
         if not isinstance(leaf, torch.Tensor):
             return repr(leaf)
         alias = storages.setdefault(storage_key(leaf), len(storages))
-        return leaf.dtype, leaf.device, tuple(leaf.shape), leaf.stride(), leaf.storage_offset() % 16, alias
+        where = leaf.stride(), leaf.storage_offset() % 16, alias
+        return leaf.dtype, leaf.is_conj(), leaf.device, tuple(leaf.shape), *where
 
     leaves, spec = pytree.tree_flatten((call.args, call.kwargs))
     return str(call.target), tuple(describe(leaf) for leaf in leaves), str(spec)

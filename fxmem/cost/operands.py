@@ -42,7 +42,8 @@ def real_operands(call: OpCall, device: torch.device) -> tuple[tuple, dict]:
         if group not in buffers:
             place = device if leaf.device.type == "meta" else leaf.device
             buffers[group] = _filled(last - first, leaf.dtype, place, bounds.get(id(leaf), 1))
-        return torch.as_strided(buffers[group], leaf.shape, leaf.stride(), leaf.storage_offset() - first)
+        made = torch.as_strided(buffers[group], leaf.shape, leaf.stride(), leaf.storage_offset() - first)
+        return made.conj() if leaf.is_conj() else made  # which some kernels first write out
 
     args, kwargs = pytree.tree_map(real, (call.args, call.kwargs))
     return OPERANDS.get(call.packet, tuple)(args), kwargs

@@ -228,9 +228,11 @@ def _dropout(call: OpCall) -> int:
 
 
 def _matmul(call: OpCall) -> int:
-    """BLAS takes matrices with one unit stride; others are copied. Low precision packs blocks, in a buffer for each thread."""
+    """BLAS takes matrices with one unit stride; others are copied, and so are conjugates that are not written out. Low
+    precision packs blocks, in a buffer for each thread."""
     matrices = [t for t in call.inputs if t.dim() >= 2]
-    copies = sum(_bytes(t) for t in matrices if 1 not in t.stride()[-2:] and min(t.shape[-2:], default=0) > 1)
+    strided = [t for t in matrices if 1 not in t.stride()[-2:] and min(t.shape[-2:], default=0) > 1]
+    copies = sum(_bytes(t) for t in (*strided, *(t for t in matrices if t.is_conj())))
     packed = torch.get_num_threads() << 18 if _on_cpu(call) and matrices[0].dtype in LOW_PRECISION else 0
     return copies + packed
 

@@ -4,6 +4,8 @@ SplitConvolutions   the backward of a convolution as two operators
 NameNodes       names nodes after modules and what they compute
 SingleResults   batch norms of inference as operators that can run in place
 MatchEager      makes a captured joint graph round as the plain module does
+MergeCasts      one cast of a parameter under autocast, as with its cache
+WriteViews      writes into views without copies of all around them
 RewriteParts    several operators written as others
 UpdateBuffers   writes buffers where they change
 ShapeProp       fake values and storages of every node
@@ -23,6 +25,7 @@ from .costs import Costs
 from .liveness import Liveness
 from .mark_inplace import MarkInplace
 from .match_eager import MatchEager
+from .merge_casts import MergeCasts
 from .names import NameNodes
 from .offer import OfferImplementations
 from .own_gradients import OwnGradients
@@ -35,9 +38,10 @@ from .shape_prop import ShapeProp
 from .single_results import SingleResults
 from .split_convolutions import SplitConvolutions
 from .update_buffers import UpdateBuffers
+from .write_views import WriteViews
 
 __all__ = [
-    "Costs", "Liveness", "MarkInplace", "MarkRegions", "MatchEager", "NameNodes", "OfferImplementations",
-    "OwnGradients", "Pass", "PlaceInArena", "Rematerialize", "Reorder", "RewriteParts", "ShapeProp", "SingleResults",
-    "SplitConvolutions", "UpdateBuffers",
+    "Costs", "Liveness", "MarkInplace", "MarkRegions", "MatchEager", "MergeCasts", "NameNodes",
+    "OfferImplementations", "OwnGradients", "Pass", "PlaceInArena", "Rematerialize", "Reorder", "RewriteParts", "ShapeProp",
+    "SingleResults", "SplitConvolutions", "UpdateBuffers", "WriteViews",
 ]  # fmt: skip
