@@ -13,6 +13,7 @@ from .base import Pass, fake_result
 aten = torch.ops.aten
 CAST, ADD = aten._to_copy.default, aten.add.Tensor
 LOW_PRECISION = (torch.bfloat16, torch.float16)
+CASTING = ("to", "type", "bfloat16", "half")
 
 
 class MergeCasts(Pass):
@@ -61,11 +62,14 @@ class MergeCasts(Pass):
 
 
 def keeps_casts(torch_level: fx.GraphModule) -> bool:
-    """Whether one cache of casts lives through a module's forward: autocast is in force around it, or once inside."""
+    """Whether one cache of casts lives through a module's forward: autocast is in force around it, or once inside. A module
+    that casts parameters by itself, which no cache knows of, is left as it is traced."""
     depth = entered = 0
     for node in torch_level.graph.nodes:
+        if node.op == "call_method" and node.target in CASTING and node.args[0].op == "get_attr":
+            return False
         if node.target is _enter_autocast:
-            entered += not depth
+            entered += depth == 0 and node.args[2] is not False
             depth += 1
         depth -= node.target is _exit_autocast
     around = any(map(torch.is_autocast_enabled, ("cpu", "cuda")))
