@@ -49,6 +49,7 @@ from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.fake_tensor import FakeTensorMode as TorchFakeTensorMode
+from torch.amp import autocast_mode
 from torch.fx.graph import _PyTreeCodeGen
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
@@ -63,6 +64,7 @@ DECOMPOSED = (
     aten.multi_margin_loss, aten.multilabel_margin_loss_forward, aten.softshrink, aten.hardshrink,
 )  # fmt: skip
 COLLECTING_HOOKS = "transformers.utils.output_capturing"  # the module of hooks that only note what layers return
+ENTER_AUTOCAST, EXIT_AUTOCAST = autocast_mode._enter_autocast, autocast_mode._exit_autocast
 COMPILE_ERRORS = (dynamo_errors.TorchDynamoException, dynamo_errors.FailOnRecompileLimitHit)
 
 

@@ -153,6 +153,12 @@ def channels_last(*args):
     return tuple(a.to(memory_format=torch.channels_last) if isinstance(a, torch.Tensor) and a.dim() == 4 else a for a in args)
 
 
+def transposed(grad, x, weight, bias, stride, padding, dilation, _, *rest):
+    """The backward of the transposed convolution that makes `x` of `grad`."""
+    return x, grad, weight, bias, stride, padding, dilation, True, *rest
+
+
+PATCHES = conv_backward_args(16, channels=3, size=64, kernel=16)
 X, Y = rand(4, 32, 16, 16), rand(2, 64, 48)
 Q = rand(2, 64, 3, 8).transpose(1, 2)
 WORKSPACE_CASES = {
@@ -165,43 +171,10 @@ WORKSPACE_CASES = {
     "conv backward strided": (aten.convolution_backward.default, conv_backward_args(2)),
     "conv backward 1x1 strided": (aten.convolution_backward.default, conv_backward_args(2, kernel=1)),
     "conv backward channels-last": (aten.convolution_backward.default, channels_last(*conv_backward_args())),
-    "patch embedding backward": (aten.convolution_backward.default, conv_backward_args(16, channels=3, size=64, kernel=16)),
-    "patch embedding backward channels-last": (
-        aten.convolution_backward.default,
-        channels_last(*conv_backward_args(16, channels=3, size=64, kernel=16)),
-    ),
-    "patch embedding backward, frozen weight": (
-        aten.convolution_backward.default,
-        (
-            rand(4, 48, 4, 4),
-            rand(4, 3, 64, 64),
-            rand(48, 3, 16, 16),
-            [0],
-            [16] * 2,
-            [0] * 2,
-            [1] * 2,
-            False,
-            [0] * 2,
-            1,
-            [True, False, False],
-        ),
-    ),
-    "patches put together again, backward": (
-        aten.convolution_backward.default,
-        (
-            rand(4, 3, 128, 128),
-            rand(4, 48, 8, 8),
-            rand(48, 3, 16, 16),
-            [0],
-            [16] * 2,
-            [0] * 2,
-            [1] * 2,
-            True,
-            [0] * 2,
-            1,
-            [True, True, False],
-        ),
-    ),
+    "patch embedding backward": (aten.convolution_backward.default, PATCHES),
+    "patch embedding backward channels-last": (aten.convolution_backward.default, channels_last(*PATCHES)),
+    "patch embedding backward, frozen weight": (aten.convolution_backward.default, (*PATCHES[:-1], [True, False, False])),
+    "patches put together again, backward": (aten.convolution_backward.default, transposed(*PATCHES)),
     "wide convolution": (aten.convolution.default, (rand(2, 64, 400), rand(64, 64, 25), None, [1], [12], [1], False, [0], 1)),
     "positions by a wide convolution": (
         aten.convolution.default,

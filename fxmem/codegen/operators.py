@@ -60,11 +60,7 @@ def _scatter(view: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
 
     def scatter(self: torch.Tensor, src: torch.Tensor, *where) -> torch.Tensor:
         overlaps = any(stride == 0 and size > 1 for size, stride in zip(self.shape, self.stride(), strict=True))
-        made = (
-            self.clone()
-            if overlaps
-            else torch.empty_strided(self.shape, self.stride(), dtype=self.dtype, device=self.device).copy_(self)
-        )
+        made = self.clone() if overlaps else _laid_out(self, self.shape, self.stride(), self.dtype)
         view(made, *where).copy_(src)
         return made
 

@@ -60,14 +60,22 @@ def _columns(x: torch.Tensor, w: torch.Tensor, spatial: torch.Size) -> int:
     return x.shape[0] * x.shape[1] * math.prod(w.shape[2:]) * math.prod(spatial) * x.element_size()
 
 
+def _is_wide(x: torch.Tensor, w: torch.Tensor) -> bool:
+    """Whether a convolution runs as a matrix product: oneDNN has kernels of its own for rows of up to WIDEST_KERNEL elements;
+    their number does not matter. Low precision was not fitted there."""
+    return x.dtype is torch.float32 and w.shape[-1] > WIDEST_KERNEL
+
+
+def _images_at_once(x: torch.Tensor) -> int:
+    """One for each thread, as far as there are."""
+    return min(torch.get_num_threads(), x.shape[0])
+
+
 def _unfolded(x: torch.Tensor, w: torch.Tensor, spatial: torch.Size) -> int:
-    """The unfolded input of one image and group, for as many images as run at once: oneDNN has kernels of its own for rows of
-    up to WIDEST_KERNEL elements (their number does not matter), for wider ones in float32 a matrix product; otherwise 0.
-    Low precision was not fitted there."""
-    if x.dtype is not torch.float32 or w.shape[-1] <= WIDEST_KERNEL:
+    """The unfolded input of one image and group, for as many images as run at once; 0 where there is no need of it."""
+    if not _is_wide(x, w):
         return 0
-    images = min(torch.get_num_threads(), x.shape[0])
-    return images * w.shape[1] * math.prod(w.shape[2:]) * math.prod(spatial) * x.element_size()
+    return _images_at_once(x) * w.shape[1] * math.prod(w.shape[2:]) * math.prod(spatial) * x.element_size()
 
 
 def _reordered_input(x: torch.Tensor, w: torch.Tensor) -> int:
@@ -113,11 +121,10 @@ def _convolution_backward(call: OpCall) -> int:
     grad, x, w, _, strides = call.args[:5]
     if x.dtype is torch.float64:
         return _contiguous_copies(call) + _columns(x, w, x.shape[2:] if call.args[7] else grad.shape[2:])
-    w_bytes = _blocked(w, (0,)) * (4 // min(4, w.element_size()))
-    splits = min(torch.get_num_threads(), x.shape[0]) - 1
-    partial = w_bytes * splits + (64 << 10) if _bytes(grad) + _bytes(x) > _bytes(w) else 0
-    if w.shape[-1] > WIDEST_KERNEL and x.dtype is torch.float32:
+    if _is_wide(x, w):
         return _contiguous_copies(call) + _wide_convolution_backward(call)
+    w_bytes, splits = _blocked(w, (0,)) * (4 // min(4, w.element_size())), _images_at_once(x) - 1
+    partial = w_bytes * splits + (64 << 10) if _bytes(grad) + _bytes(x) > _bytes(w) else 0
     if x.dtype in LOW_PRECISION:
         partial += _bytes(x) + w_bytes
     if _channels_last(x) or _channels_last(grad):
@@ -135,7 +142,7 @@ def _convolution_backward(call: OpCall) -> int:
 def _wide_convolution_backward(call: OpCall) -> int:
     """Gradients by matrix products: of the weight with four partial sums of it for each thread."""
     grad, x, w = call.args[:3]
-    layouts, images = {_channels_last(x), _channels_last(w)}, min(torch.get_num_threads(), x.shape[0])
+    layouts, images = {_channels_last(x), _channels_last(w)}, _images_at_once(x)
     unfolded = _unfolded(x, w, x.shape[2:] if call.args[7] else grad.shape[2:]) * (2 if _channels_last(x) else 1)
     weight_phase = unfolded + 4 * _bytes(w) * images + (_bytes(w) if len(layouts) > 1 else 0)
     input_phase = _blocked(w, (0, 1)) + 2 * _bytes(grad) + _bytes(x)

@@ -42,3 +42,10 @@ def fake_result(target: Any, args: Any, kwargs: Any) -> Any:
     values, named = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
     with torch.no_grad(), fake_mode_of((values, named), allow_real=True):
         return target(*values, **named)
+
+
+def made_like(node: fx.Node, target: Any, args: tuple, kwargs: dict[str, Any] | None = None) -> fx.Node:
+    """A call where the graph inserts now, with the meta of `node` and a value of its own."""
+    made = node.graph.call_function(target, args, kwargs or {})
+    made.meta = node.meta | {"val": fake_result(target, args, made.kwargs)}
+    return made

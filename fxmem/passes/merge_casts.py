@@ -6,9 +6,9 @@ from collections.abc import Iterable
 
 import torch
 from torch import fx
-from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 
-from .base import Pass, fake_result
+from ..torch_internals import ENTER_AUTOCAST, EXIT_AUTOCAST
+from .base import Pass, made_like
 
 aten = torch.ops.aten
 CAST, ADD = aten._to_copy.default, aten.add.Tensor
@@ -42,23 +42,15 @@ class MergeCasts(Pass):
             graph.erase_node(cast)
         last = cast_back[-1]
         with graph.inserting_before(last):
-            last.replace_input_with(last.args[0], self._sum(graph, [t.args[0] for t in cast_back], gradient))
+            last.replace_input_with(last.args[0], _sum([t.args[0] for t in cast_back], gradient))
         with graph.inserting_before(gradient):
-            total = self._sum(graph, [t for t in terms if t is last or t not in cast_back], gradient)
+            total = _sum([t for t in terms if t is last or t not in cast_back], gradient)
         gradient.replace_all_uses_with(total)
         for node in _additions(gradient):
             graph.erase_node(node)
         for node in cast_back[:-1]:
             graph.erase_node(node)
         return True
-
-    def _sum(self, graph: fx.Graph, terms: list[fx.Node], like: fx.Node) -> fx.Node:
-        total = terms[0]
-        for term in terms[1:]:
-            pair = total, term
-            total = graph.call_function(ADD, pair)
-            total.meta = like.meta | {"val": fake_result(ADD, pair, {})}
-        return total
 
 
 def keeps_casts(torch_level: fx.GraphModule) -> bool:
@@ -68,18 +60,18 @@ def keeps_casts(torch_level: fx.GraphModule) -> bool:
     for node in torch_level.graph.nodes:
         if node.op == "call_method" and node.target in CASTING and node.args[0].op == "get_attr":
             return False
-        if node.target is _enter_autocast:
+        if node.target is ENTER_AUTOCAST:
             entered += depth == 0 and node.args[2] is not False
             depth += 1
-        depth -= node.target is _exit_autocast
+        depth -= node.target is EXIT_AUTOCAST
     around = any(map(torch.is_autocast_enabled, ("cpu", "cuda")))
     return torch.is_autocast_cache_enabled() and (around or entered == 1)
 
 
 def _casts_of(parameter: fx.Node) -> Iterable[list[fx.Node]]:
-    """The casts of a parameter to each lower precision, where there are several."""
+    """The casts of a parameter to each lower precision, in their order, where there are several."""
     for dtype in LOW_PRECISION:
-        casts = [n for n in parameter.users if n.target is CAST and n.meta["val"].dtype == dtype]
+        casts = sorted(n for n in parameter.users if n.target is CAST and n.meta["val"].dtype == dtype)
         if parameter.meta["val"].dtype is torch.float32 and len(casts) > 1:
             yield casts
 
@@ -99,3 +91,10 @@ def _terms(gradient: fx.Node) -> list[fx.Node]:
     """What autograd summed up, in the order in which it came."""
     additions = _additions(gradient)
     return [additions[-1].args[0], *(node.args[1] for node in reversed(additions))] if additions else [gradient]
+
+
+def _sum(terms: list[fx.Node], like: fx.Node) -> fx.Node:
+    total = terms[0]
+    for term in terms[1:]:
+        total = made_like(like, ADD, (total, term))
+    return total

@@ -9,7 +9,7 @@ from torch import fx
 
 from ..graph_meta import StorageInfo, is_backward, require, rounded
 from ..torch_internals import gradient_layout
-from .base import Pass, fake_result
+from .base import Pass, made_like
 
 aten = torch.ops.aten
 
@@ -64,17 +64,17 @@ def _copy(graph_module: fx.GraphModule, value: fx.Node, layout: tuple[int, ...])
     order = sorted(range(len(layout)), key=lambda d: -layout[d])
     moved = order != sorted(order)
     with graph.inserting_before(before):
-        ordered = _call(graph, aten.permute.default, value, order) if moved else value
-        copied = _call(graph, aten.clone.default, ordered, memory_format=torch.contiguous_format)
+        ordered = _call(aten.permute.default, value, order) if moved else value
+        copied = _call(aten.clone.default, ordered, memory_format=torch.contiguous_format)
         size_bytes = rounded(copied.meta["val"].untyped_storage().nbytes(), graph_module.meta["fxmem_alignment_bytes"])
         copied.meta["fxmem_storages"] = (len(graph_module.meta["fxmem_storages"]),)
         graph_module.meta["fxmem_storages"] += (StorageInfo(copied, size_bytes),)
-        return _call(graph, aten.permute.default, copied, _inverse(order)) if moved else copied
+        return _call(aten.permute.default, copied, _inverse(order)) if moved else copied
 
 
-def _call(graph: fx.Graph, target: Any, value: fx.Node, *args: Any, **kwargs: Any) -> fx.Node:
-    made = graph.call_function(target, (value, *args), kwargs)
-    made.meta = value.meta | {"val": fake_result(target, made.args, made.kwargs), "fxmem_backward": True}
+def _call(target: Any, value: fx.Node, *args: Any, **kwargs: Any) -> fx.Node:
+    made = made_like(value, target, (value, *args), kwargs)
+    made.meta["fxmem_backward"] = True
     made.meta.pop("fxmem_role", None)
     return made
 

@@ -6,7 +6,7 @@ import torch
 from torch import fx
 
 from ..codegen.operators import SCATTERS, as_strided_scatter, laid_out
-from .base import Pass, fake_result
+from .base import Pass, made_like
 
 aten = torch.ops.aten
 COPY = aten.copy.default
@@ -42,17 +42,12 @@ class WriteViews(Pass):
         with graph.inserting_before(node):
             if read_as_it_lies:
                 args = value, list(made.shape), list(made.stride())
-                copied = self._made(graph, node, laid_out, args, {"dtype": made.dtype})
+                copied = made_like(node, laid_out, args, {"dtype": made.dtype})
                 for user in read_as_it_lies:
                     user.replace_input_with(node, copied)
             if node.users and value.meta["val"].dtype != made.dtype:
-                value = self._made(graph, node, aten._to_copy.default, (value,), {"dtype": made.dtype})
+                value = made_like(node, aten._to_copy.default, (value,), {"dtype": made.dtype})
             if node.users and value.meta["val"].shape != made.shape:
-                value = self._made(graph, node, aten.expand.default, (value, list(made.shape)), {})
+                value = made_like(node, aten.expand.default, (value, list(made.shape)))
         node.replace_all_uses_with(value)
         graph.erase_node(node)
-
-    def _made(self, graph: fx.Graph, node: fx.Node, target, args: tuple, kwargs: dict) -> fx.Node:
-        made = graph.call_function(target, args, kwargs)
-        made.meta = node.meta | {"val": fake_result(target, args, kwargs)}
-        return made

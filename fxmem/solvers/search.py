@@ -37,9 +37,9 @@ RUNS_X_STAGES, LEAST_RUNS = 900, 2  # as many of FRESH begin a search, by the nu
 MOST_FOR_FRESH = 600  # stages above which annealing from the advice sees too little to beat packing it
 PACKED = 2  # of a round's best, one for each of two processes
 MOST_ROUNDS = 12
-SENSIBLE = 4.0  # times the extra time of the advice in segments: advice that can be taken as it is; times the best extra time:
-# a start that is worth packing though it does not fit
+SENSIBLE = 4.0  # times the extra time of the advice in segments: advice that can be taken as it is
 NOT_FAR = 1.5  # times the best extra time: a start that is worth packing
+NOT_FAR_UNFIT = 4.0  # the same of a start that does not fit
 NEAR = 0.05  # over the bound: one more round is enough
 WORTHWHILE = 5e-3  # of the extra time: a round that saves less is idle
 IDLE_X_STAGES, MOST_IDLE = 200, 3  # idle rounds that a small graph bears, whose rounds take a second
@@ -182,7 +182,7 @@ class _Search:
         if len(start) > MOST_FOR_FRESH and first.desired and first.time_s <= self.advised[0].time_s * NOT_FAR:
             states[1:] = [start]
         best = better([first, *self._packed(states)])
-        start_s, near = (first.time_s, NOT_FAR) if first.desired else (self._time_s(start), SENSIBLE)
+        start_s, near = (first.time_s, NOT_FAR) if first.desired else (self._time_s(start), NOT_FAR_UNFIT)
         if start not in states and (best.desired is None or start_s <= best.time_s * near):
             best = better([best, *self._packed([start])])
         return best
