@@ -1,6 +1,7 @@
 """The notebooks run from a clean kernel, are committed with their outputs, and hold nothing of the machine that ran them."""
 
 import re
+import tempfile
 
 import nbformat
 import pytest
@@ -21,8 +22,9 @@ def test_runs(path):
     """Every cell, without an error, and with as many outputs of the same kinds as are committed."""
     notebook = nbformat.read(path, as_version=4)
     kinds = [_kinds(cell) for cell in notebook.cells]
-    config = Config(KernelManager={"transport": "ipc"})  # no ports
-    NotebookClient(notebook, config=config, timeout=300, resources={"metadata": {"path": str(ROOT)}}).execute()
+    with tempfile.TemporaryDirectory() as folder:  # sockets of its own, that no other kernel takes
+        config = Config(KernelManager={"transport": "ipc", "ip": f"{folder}/kernel"})
+        NotebookClient(notebook, config=config, timeout=300, resources={"metadata": {"path": str(ROOT)}}).execute()
     assert [_kinds(cell) for cell in notebook.cells] == kinds
 
 
