@@ -55,7 +55,7 @@ REPEATS = 3  # pairs of steps that are timed
 SPEED_SHAPE = torch.Size((16, 64, 128, 128))
 BUDGETS = (
     'comma-separated: fractions of the plain peak; "min"; "5 %%" for the least peak at that extra time, '
-    f'"{FREE}" for that at {UNMEASURABLE}%% with nothing recomputed'
+    f'"{FREE}" for that at {UNMEASURABLE}% with nothing recomputed'
 )
 LAYOUT = "{:<14}{:<8}{:>9}  {:<16}{:>9}{:>10}{:>10}{:>9}  {}"
 COLUMNS = LAYOUT.format("model", "device", "budget", "way", "peak", "extra, %", "measured", "bound, %", "outcome")

@@ -13,6 +13,7 @@ from fxmem.solvers.annealing import Run, anneal
 from fxmem.solvers.bound import hint
 from fxmem.solvers.moves import Moves
 from fxmem.solvers.packing import pack
+from fxmem.solvers.segments import equal_segments
 from fxmem.solvers.stages import compile_problem, members
 from fxmem.solvers.state import State
 
@@ -118,13 +119,29 @@ def test_where_no_set_frees_all_that_is_lacking_several_do(monkeypatch):
     state = State(compiled, budget_bytes, list(hint(compiled, budget_bytes, math.inf)))
     moves, lacking = Moves(compiled, Random(0)), state.excess_bytes
     priced = list(packing._priced(state, moves, math.inf))
-    knapsack = packing._Knapsack(priced, budget_bytes - packing._moments(state), state.everything)
+    cliques = packing._cliques(priced, state.everything, careful=True)
+    knapsack = packing._Knapsack(priced, budget_bytes - packing._moments(state), cliques)
     assert not knapsack.solve(math.inf) and knapsack.solve(math.inf, within=False, rounded=True)
     added = np.cumsum(knapsack.steps @ solved[-1].x[: len(priced)])
     assert set(np.flatnonzero(added > knapsack.room + 1e-6 * knapsack.unit)) <= set(knapsack.moments)
     assert not pack(state, moves)
     assert state.excess_bytes < 0.1 * lacking
     assert simulate(problem, state.schedule()).peak_bytes == state.worst_bytes
+
+
+def test_what_one_stage_makes_again_is_kept_at_once():
+    """Segments are made again at one stage each, where one move at a time would be one storage of each segment."""
+    compiled = compile_problem(load_instance("unet_8"))
+    state = State(compiled, 0, list(next(equal_segments(compiled))))
+    state.reset(list(state.desired), int(1.2 * state.worst_bytes))
+    priced = list(packing._priced(state, Moves(compiled, Random(0)), math.inf))
+    careful, other = (packing._cliques(priced, state.everything, careful) for careful in (True, False))
+    assert all(any(set(clique) <= set(larger) for larger in careful) for clique in other)
+    room, costs = state.budget_bytes - packing._moments(state), {}
+    for name, cliques in {"careful": careful, "other": other}.items():
+        chosen = packing._Knapsack(priced, room, cliques).solve(math.inf)
+        costs[name] = sum(move.time_s for move in chosen)
+    assert costs["other"] < 1.1 * costs["careful"] < 0
 
 
 def test_the_systematic_evictions_are_each_gap_of_each_carried_storage_once(rough):

@@ -122,11 +122,13 @@ def judge(task: Task, candidates: Sequence[Schedule | None]) -> tuple[Schedule, 
 
 def cheapest(task: Task, compiled: Compiled, candidates: Iterable[Sequence[int]]) -> Answer:
     """The cheapest of some states, as wishes for each stage (see `state`), that fits."""
-    best, best_s = None, float("inf")
+    best, best_s, state = None, float("inf"), State(compiled, task.budget_bytes)
     for wishes in candidates:
-        state = State(compiled, task.budget_bytes, list(wishes))
-        if state.time_s < best_s and simulate(task.problem, schedule := state.schedule()).peak_bytes <= task.budget_bytes:
-            best, best_s = schedule, state.time_s
+        state.reset(list(wishes), task.budget_bytes)
+        if state.worst_bytes <= task.budget_bytes and state.time_s < best_s:
+            schedule = state.schedule()
+            if simulate(task.problem, schedule).peak_bytes <= task.budget_bytes:
+                best, best_s = schedule, state.time_s
     return Answer(best)
 
 

@@ -53,25 +53,29 @@ class Moves:
         return 1 + int(self.rng.random() ** 2 * 3)
 
     def all_evictions(self, state: State) -> Iterator[dict[int, int]]:
-        """Each carried storage dropped over each gap between two of its uses."""
+        """Each carried storage dropped over each gap between two of its uses, in random order."""
         found, before = [], 0
         for t, (live, touched) in enumerate(zip(state.live, state.touched, strict=True)):
             idle = live & ~touched & self.free
             found += ((k, t) for k in members(idle & ~before))
             before = idle
-        for k, t in sorted(found):
+        self.rng.shuffle(found)
+        for k, t in found:
             yield self._clear_gap(state, t, 1 << k)
 
     def all_keeps(self, state: State) -> Iterator[dict[int, int]]:
-        """Each output and input of each recompute carried from when it was last alive."""
+        """Each output and input of each recompute carried from when it was last alive, in random order."""
+        found = []
         for t, again in enumerate(state.recomputes):
             bits = 0
             for p in again:
                 bits |= self.compiled.recomputes[p].inputs | self.compiled.recomputes[p].outputs
-            for k in members(bits & self.free):
-                wishes = self._keep_until(state, t, 1 << k)
-                if wishes:
-                    yield wishes
+            found += ((k, t) for k in members(bits & self.free))
+        self.rng.shuffle(found)
+        for k, t in found:
+            wishes = self._keep_until(state, t, 1 << k)
+            if wishes:
+                yield wishes
 
     def all_switches(self, state: State) -> Iterator[dict[int, int]]:
         """Each stage's last operator run by each other of the quickest options."""

@@ -5,9 +5,11 @@ others that a tight budget asks for. Here each move is evaluated alone, exactly:
 it adds or frees at each stage and forward operator. A knapsack with a row for each moment that could run over, and a clique
 for moves that touch the same wish or the same stage's recomputes, chooses among them all (a very large-scale neighbourhood in
 the sense of Ahuja et al. 2002). Moves still interact, so the whole set is evaluated exactly, and taken only if it is better;
-where it needs more bytes than promised, those moments get less room and the program is solved again. A state that does not
-fit yet has moments with less than no room: the set must free what they lack, or, where no set frees it all, as much of it as
-it can, and the next round goes on from there.
+where it needs more bytes than promised, those moments get less room and the program is solved again. Where no such set is
+better, moves of one stage may go together as long as they do not make the same operator run, or no longer run, there: in long
+segments, made again at one stage each, most of what is to be had is there. A state that does not fit yet has moments with less
+than no room: the set must free what they lack, or, where no set frees it all, as much of it as it can, and the next round goes
+on from there.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import reduce
+from itertools import zip_longest
 from operator import or_
 
 import numpy as np
@@ -45,23 +48,27 @@ class Priced:
 
     flips: bits whose wish changes, for each stage. moments, steps: the bytes added at each stage and then at each forward
     operator, as the moments at which they differ from those added just before, and by how much (a storage kept over a thousand
-    stages is two numbers). stages: those that recompute otherwise.
+    stages is two numbers). reruns: see `State.rewalked`.
     """
 
     flips: Wishes
     time_s: float
     moments: np.ndarray
     steps: np.ndarray
-    stages: tuple[int, ...]
+    reruns: tuple[tuple[int, int], ...]
 
 
 def pack(state: State, moves: Moves, deadline: float = math.inf) -> bool:
     """Improve a state by sets of moves, until none is found: first to fit, then to take less time. Whether the deadline
     (time.monotonic) cut it short."""
+    careful = True
     for number in range(MOST_ROUNDS):
-        excess_bytes, time_s = _rank(state)
-        if time.monotonic() > deadline or not _round(state, list(_priced(state, moves, deadline)), deadline):
+        (excess_bytes, time_s), now = _rank(state), time.monotonic()
+        priced = list(_priced(state, moves, now + (deadline - now) / 2))
+        care = next((care for care in (careful, not careful) if _round(state, priced, care, deadline)), None)
+        if care is None:
             break
+        careful = care
         few_freed = state.excess_bytes > (1 - FREED) * excess_bytes
         little_saved = not excess_bytes and state.time_s > (1 - SAVED) * time_s
         if few_freed or (little_saved and number >= SURE_ROUNDS):
@@ -69,11 +76,12 @@ def pack(state: State, moves: Moves, deadline: float = math.inf) -> bool:
     return time.monotonic() > deadline
 
 
-def _round(state: State, priced: list[Priced], deadline: float) -> bool:
+def _round(state: State, priced: list[Priced], careful: bool, deadline: float) -> bool:
     """Whether a better state was found, which the state then is."""
-    if not priced:
+    if not priced or time.monotonic() > deadline:
         return False
-    knapsack, before = _Knapsack(priced, state.budget_bytes - _moments(state), state.everything), _rank(state)
+    before = _rank(state)
+    knapsack = _Knapsack(priced, state.budget_bytes - _moments(state), _cliques(priced, state.everything, careful))
     return _fit(state, knapsack, before, deadline) or (before[0] > 0 and _near(state, knapsack, before, deadline))
 
 
@@ -161,15 +169,10 @@ def _priced(state: State, moves: Moves, deadline: float) -> Iterator[Priced]:
 
 
 def _proposals(state: State, moves: Moves) -> Iterator[Iterator[Wishes]]:
-    """Each a sequence of moves to apply in turn."""
-    for wishes in moves.all_evictions(state):
-        yield iter((wishes,))
-    for wishes in moves.all_keeps(state):
-        yield iter((wishes,))
-    for wishes in moves.all_switches(state):
-        yield iter((wishes,))
-    for wishes in moves.all_savings(state):
-        yield iter((wishes,))
+    """Each a sequence of moves to apply in turn; of all kinds from the beginning, as there may not be time for all."""
+    single = (moves.all_evictions(state), moves.all_keeps(state), moves.all_switches(state), moves.all_savings(state))
+    for several in zip_longest(*single):
+        yield from (iter((wishes,)) for wishes in several if wishes)
     for _ in range(min(MOST_RANDOM, max(LEAST_RANDOM, RANDOM_X_STAGES // len(state.live)))):
         yield (moves.draw(state) for _ in range(moves.how_many()))
 
@@ -181,7 +184,7 @@ class _Knapsack:
     relaxation runs over them, and the integer program is solved with those alone.
     """
 
-    def __init__(self, priced: list[Priced], room: np.ndarray, storages: int):
+    def __init__(self, priced: list[Priced], room: np.ndarray, cliques: list[list[int]]):
         from scipy.sparse import csr_array  # here, so that importing the package does not wait for it
 
         self.priced = priced
@@ -192,7 +195,7 @@ class _Knapsack:
         self.steps = csr_array((values, (moments, columns)), shape=(len(room), len(priced)))
         self.unit = self._largest()  # of each row
         self.room = room
-        self.cliques = _cliques(priced, storages)
+        self.cliques = cliques
         self.short = np.flatnonzero(room < 0)
         self.moments: list[int] = []  # that have a row
         self._rows: dict[int, tuple[list[int], list[float]]] = {}
@@ -262,16 +265,22 @@ class _Knapsack:
         )  # fmt: skip
 
 
-def _cliques(priced: list[Priced], storages: int) -> list[list[int]]:
-    """Sets of moves of which one at most can be taken, without those that lie within another; `storages` are the bits that are
-    storages' (see `Compiled.thrift`)."""
-    users: dict[tuple[str, int], int] = {}
+def _cliques(priced: list[Priced], storages: int, careful: bool) -> list[list[int]]:
+    """Sets of moves of which one at most can be taken, without those that lie within another: moves of one storage, and of one
+    operator that a stage makes run or not, or if careful of one stage. `storages` are the bits that are storages' (see
+    `Compiled.thrift`)."""
+    users: dict[tuple, int] = {}
     for j, move in enumerate(priced):
         flipped = reduce(or_, move.flips.values(), 0) & storages
-        for key in (*(("stage", t) for t in move.stages), *(("storage", k) for k in members(flipped))):
+        reruns = {t for t, _ in move.reruns} if careful else move.reruns
+        for key in (*(("stage", r) for r in reruns), *(("storage", k) for k in members(flipped))):
             users[key] = users.get(key, 0) | 1 << j
-    largest: list[int] = []
+    largest: list[list[int]] = []
+    around: dict[int, list[int]] = {}  # of the largest ones, those that each move is in
     for clique in sorted(set(users.values()), key=lambda c: (-c.bit_count(), c)):
-        if clique.bit_count() > 1 and not any(clique & other == clique for other in largest):
-            largest.append(clique)
-    return [members(clique) for clique in largest]
+        lowest = (clique & -clique).bit_length() - 1
+        if clique.bit_count() > 1 and not any(clique & other == clique for other in around.get(lowest, ())):
+            largest.append(members(clique))
+            for j in largest[-1]:
+                around.setdefault(j, []).append(clique)
+    return largest

@@ -119,11 +119,13 @@ def advised_states(task: Task, compiled: Compiled, budget_bytes: int) -> list[Ad
 
 
 def squeeze(task: Task, compiled: Compiled, budget_bytes: int, best: Incumbent, pool: Pool, deadline: float) -> Incumbent:
-    """Look for the least peak down to budget_bytes, from the smallest state known, in at most two rounds."""
-    moves = max(SQUEEZE_MOVES, effort(compiled))
-    for number, hot in enumerate((HOT, WARM)):
+    """Look for the least peak down to budget_bytes in at most two rounds: from the smallest state known and from nothing kept,
+    of which either may get stuck, then from the best of both."""
+    moves, nothing = max(SQUEEZE_MOVES, effort(compiled)), (0,) * len(compiled.stages)
+    for number, (hot, second) in enumerate(((HOT, nothing), (WARM, None))):
         run = Run(task.problem, budget_bytes, best.smallest, moves, 100 + SEEDS * number, hot, weight=SQUEEZE_WEIGHT)
-        best = better([best, *pool.run_all(_seeds(run), deadline, task.progress)])
+        runs = [run, replace(run, desired=second or run.desired, seed=run.seed + 1)]
+        best = better([best, *pool.run_all(runs, deadline, task.progress)])
         if best.desired is not None or best.stopped:
             break
     return best

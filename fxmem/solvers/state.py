@@ -72,10 +72,17 @@ class State:
         """The schedule's peak."""
         return max(self.forward_peak_bytes, *self.peak_bytes)
 
-    def rewalked(self) -> list[int]:
-        """The stages that run otherwise than at the last `keep` or `undo`."""
+    def rewalked(self) -> list[tuple[int, int]]:
+        """What runs otherwise than at the last `keep` or `undo`: stages, each with an operator that they recompute or no longer
+        recompute, or with -1 where their last operator runs by another option."""
         first = {entry[1]: (entry[2], entry[-1]) for entry in reversed(self._log) if entry[0] == "walk"}
-        return [t for t, before in first.items() if (self.recomputes[t], self.ends[t]) != before]
+        found = []
+        for t, (recomputes, end) in first.items():
+            if self.recomputes[t] != recomputes:
+                found += ((t, p) for p in sorted(set(recomputes) ^ set(self.recomputes[t])))
+            if self.ends[t] != end:
+                found.append((t, -1))
+        return found
 
     def change(self, wishes: dict[int, int]) -> None:
         """Replace desired[t] by wishes[t]; `undo` takes it back as long as `keep` was not called."""
