@@ -75,7 +75,15 @@ def test_where_the_program_fails_the_state_stays(rough, monkeypatch):
     monkeypatch.setattr(highs, "_run", fail)
     state = State(rough.compiled, rough.budget_bytes, list(rough.desired))
     pack(state, Moves(state.compiled, Random(0)))
-    assert state.desired == rough.desired and state.time_s == pytest.approx(rough.time_s)
+    assert state.live == rough.live and state.time_s == pytest.approx(rough.time_s)
+
+
+def test_what_nothing_comes_of_is_no_longer_wished_for(rough):
+    state = State(rough.compiled, rough.budget_bytes, list(rough.desired))
+    assert packing._strip(state)
+    assert state.desired == [live | rough.compiled.always for live in rough.live]
+    assert state.live == rough.live and state.recomputes == rough.recomputes and packing._rank(state) == packing._rank(rough)
+    assert not packing._strip(state)
 
 
 def test_fractions_of_moves_are_none(rough, monkeypatch):

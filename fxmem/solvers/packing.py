@@ -61,19 +61,30 @@ class Priced:
 def pack(state: State, moves: Moves, deadline: float = math.inf) -> bool:
     """Improve a state by sets of moves, until none is found: first to fit, then to take less time. Whether the deadline
     (time.monotonic) cut it short."""
-    careful = True
+    careful, stripped = True, None
     for number in range(MOST_ROUNDS):
-        (excess_bytes, time_s), now = _rank(state), time.monotonic()
+        before, now = _rank(state), time.monotonic()
         priced = list(_priced(state, moves, now + (deadline - now) / 2))
-        care = next((care for care in (careful, not careful) if _round(state, priced, care, deadline)), None)
-        if care is None:
-            break
-        careful = care
-        few_freed = state.excess_bytes > (1 - FREED) * excess_bytes
-        little_saved = not excess_bytes and state.time_s > (1 - SAVED) * time_s
-        if few_freed or (little_saved and number >= SURE_ROUNDS):
-            break
+        careful = next((care for care in (careful, not careful) if _round(state, priced, care, deadline)), careful)
+        rank = _rank(state)
+        few_freed = rank[0] > (1 - FREED) * before[0]
+        little_saved = not before[0] and rank[1] > (1 - SAVED) * before[1]
+        if rank == before or few_freed or (little_saved and number >= SURE_ROUNDS):
+            if time.monotonic() > deadline or rank == stripped or not _strip(state):
+                break
+            stripped = rank
     return time.monotonic() > deadline
+
+
+def _strip(state: State) -> bool:
+    """Wish for nothing but what comes of it: then other moves are of use, such as not to keep what a move makes again. Whether
+    there were other wishes."""
+    before, rank, thrift = list(state.desired), _rank(state), state.compiled.thrift
+    wishes = [bits & (live | thrift) for bits, live in zip(before, state.live, strict=True)]
+    state.reset(wishes, state.budget_bytes)
+    if _rank(state) > rank:
+        state.reset(before, state.budget_bytes)
+    return state.desired != before
 
 
 def _round(state: State, priced: list[Priced], careful: bool, deadline: float) -> bool:
