@@ -58,7 +58,8 @@ COLUMNS = LAYOUT.format("network", "depth", "ops", "prepared", "method", "MB", "
 @dataclass(frozen=True)
 class Row:
     """One network by one method. bytes: see the module's docstring; peak_bytes: of the whole step, where a schedule has one.
-    extra_time: over the plain step's. seconds: of planning alone; prepare_s: of all before it. outcome: "ok", or why not."""
+    extra_time: over the plain step's; bound: no schedule of that peak takes less, where that is known. seconds: of planning
+    alone; prepare_s: of all before it. outcome: "ok", or why not."""
 
     network: str
     depth: int
@@ -68,6 +69,7 @@ class Row:
     bytes: int | None = None
     peak_bytes: int | None = None
     extra_time: float | None = None
+    bound: float | None = None
     seconds: float = 0.0
     outcome: str = "ok"
 
@@ -95,21 +97,24 @@ def rows_of(network: str, depth: int, device: str, time_limit_s: float) -> Itera
     schedules: dict[str, Schedule] = {}
     for method in METHODS[len(SHARING) :]:
         begin = time.perf_counter()
-        schedule = schedules[method] = _schedule(problem, method, schedules, time_limit_s)
-        seconds = time.perf_counter() - begin
+        schedule, bound = _schedule(problem, method, schedules, time_limit_s)
+        seconds, schedules[method] = time.perf_counter() - begin, schedule
         inside, timeline = max_live(intervals_of(problem, schedule)).size_bytes, simulate(problem, schedule)
         yield Row(
-            **known, method=method, bytes=inside, peak_bytes=timeline.peak_bytes, extra_time=timeline.overhead, seconds=seconds
+            **known, method=method, bytes=inside, peak_bytes=timeline.peak_bytes, extra_time=timeline.overhead, bound=bound,
+            seconds=seconds,
         )  # fmt: skip
 
 
-def _schedule(problem: Problem, method: str, known: dict[str, Schedule], time_limit_s: float) -> Schedule:
+def _schedule(problem: Problem, method: str, known: dict[str, Schedule], time_limit_s: float) -> tuple[Schedule, float | None]:
+    """And a lower bound on the extra time at sqrt(N)'s peak, for the method that is about that."""
     if method in (SQRT, RECURSIVE):
-        return least_of(problem, uniform_states if method == SQRT else nested_states)
+        return least_of(problem, uniform_states if method == SQRT else nested_states), None
     theirs, starts = simulate(problem, known[SQRT]), list(known.values())
     if method == SAME_PEAK:
-        return solve(problem, theirs.peak_bytes, time_limit_s=time_limit_s, starts=starts).schedule
-    return least_peak(problem, max_overhead=theirs.overhead, time_limit_s=time_limit_s, starts=starts).schedule
+        found = solve(problem, theirs.peak_bytes, time_limit_s=time_limit_s, starts=starts)
+        return found.schedule, found.lower_bound_overhead
+    return least_peak(problem, max_overhead=theirs.overhead, time_limit_s=time_limit_s, starts=starts).schedule, None
 
 
 def least_of(problem: Problem, states: Callable[[Compiled], Iterable[tuple[int, ...]]]) -> Schedule:

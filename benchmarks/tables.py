@@ -84,7 +84,8 @@ def static_markdown(rows: list[dict]) -> str:
 
 
 def lecture_markdown(rows: list[dict], network: str) -> str:
-    """Of one network, a row for each depth: MB by each method, with the extra time where there is any; then the exponents."""
+    """Of one network, a row for each depth: MB by each method, with the extra time where there is any, and the least that it
+    can be where that is known; then the exponents."""
     methods = names_of(rows, "method")
     found = {(r["depth"], r["method"]): r for r in rows if r["network"] == network}
     depths = sorted({depth for depth, _ in found})
@@ -98,7 +99,8 @@ def _grown(row: dict | None) -> str:
     if row is None or row["bytes"] is None:
         return "" if row is None else row["outcome"]
     extra = f", {_percent(row['extra_time'])} %" if row["extra_time"] else ""
-    return f"{_megabytes(row['bytes'])}{extra}"
+    bound = f" (bound {100 * row['bound']:.1f})" if row.get("bound") else ""
+    return f"{_megabytes(row['bytes'])}{extra}{bound}"
 
 
 def arena_markdown(rows: list[dict]) -> str:

@@ -42,7 +42,8 @@ def test_rows(run, tmp_path, capsys):
     assert found["both"]["bytes"] <= min(found["in place"]["bytes"], found["sharing"]["bytes"])
     assert found["sqrt(N)"]["bytes"] < found["both"]["bytes"] and found["sqrt(N)"]["extra_time"] > 0
     ours, smaller, theirs = found["fxmem, its peak"], found["fxmem, its time"], found["sqrt(N)"]
-    assert ours["peak_bytes"] <= theirs["peak_bytes"] and ours["extra_time"] <= theirs["extra_time"]
+    assert ours["peak_bytes"] <= theirs["peak_bytes"] and 0 < ours["bound"] <= ours["extra_time"] <= theirs["extra_time"]
+    assert f"(bound {100 * ours['bound']:.1f})" in lecture_markdown(rows, "ResNet")
     assert smaller["peak_bytes"] <= theirs["peak_bytes"] and smaller["extra_time"] <= theirs["extra_time"]
     assert {p.name for p in tmp_path.glob("*.png")} == {"lecture-resnet.png", "lecture-planning.png"}
     capsys.readouterr()
