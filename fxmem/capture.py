@@ -231,6 +231,7 @@ def _torch_level(module: nn.Module, args: tuple, kwargs: dict) -> tuple[fx.Graph
     it with."""
     if isinstance(module, fx.GraphModule):
         _check_recurrent(module)
+    if isinstance(module, fx.GraphModule) and not _is_tied(module):
         copied = fx.GraphModule(module, copy.deepcopy(module.graph))
         if kwargs and type(module.graph._codegen) is fx.graph.CodeGen:
             bound = inspect.signature(module.forward).bind(*args, **kwargs)
@@ -241,6 +242,12 @@ def _torch_level(module: nn.Module, args: tuple, kwargs: dict) -> tuple[fx.Graph
         traced, assignments, read = dynamo_graph(module, args, kwargs)
     _check_assignments(module, traced, assignments)
     return traced, read, args, kwargs
+
+
+def _is_tied(module: nn.Module) -> bool:
+    """Whether a parameter has several names, for each of which AOTAutograd would trace a gradient of its own: added up name by
+    name, they round otherwise than use by use."""
+    return len([*module.parameters()]) < len([*module.named_parameters(remove_duplicate=False)])
 
 
 def _add_unused_state(graph_module: fx.GraphModule, module: nn.Module) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,7 +118,7 @@ def _mark_outputs(joint: fx.GraphModule, naming: _Naming, differentiated: tuple[
             found.append((role, value))
         elif role.kind.startswith("output"):
             fixed[role.key] = value
-    results = _sum_tied_gradients(found)
+    results = dict(found)
     output = joint.graph.output_node()
     output.args = (tuple(results.values()),)
     output.meta["fxmem_roles"] = tuple(results)
@@ -135,29 +135,13 @@ def _output_role(kind: str | None, key: Any, naming: _Naming, differentiated: tu
 
 
 def _merge_tied_inputs(graph: fx.Graph) -> None:
-    """One placeholder for each parameter: a GraphModule's tied weights are traced once for every name that they have."""
+    """One placeholder for each buffer: a GraphModule's are traced once for every name that they have."""
     first: dict[Role, fx.Node] = {}
     for node in [n for n in graph.nodes if n.op == "placeholder"]:
         kept = first.setdefault(node.meta["fxmem_role"], node)
         if kept is not node:
             node.replace_all_uses_with(kept)
             graph.erase_node(node)
-
-
-def _sum_tied_gradients(results: Iterable[tuple[Role, fx.Node]]) -> dict[Role, fx.Node]:
-    """One gradient for each parameter: those of a tied one are added as they are made, which is how autograd does it."""
-    found: dict[Role, list[fx.Node]] = {}
-    for role, value in results:
-        found.setdefault(role, []).append(value)
-    sums = {}
-    for role, parts in found.items():
-        total, *others = sorted(parts)
-        for part in others:
-            with part.graph.inserting_after(part):
-                total = part.graph.call_function(torch.ops.aten.add.Tensor, (total, part))
-            total.meta = dict(part.meta)
-        sums[role] = total
-    return sums
 
 
 def _lift_constant(joint: fx.GraphModule, node: fx.Node) -> torch.Tensor:

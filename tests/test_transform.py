@@ -539,7 +539,8 @@ def test_graph_modules(how, make, inputs):
 
 
 class Tied(nn.Module):
-    """One weight in three layers."""
+    """One weight in three layers, one of which is used twice, before and after another: use by use, not name by name, is the
+    order in which its gradients are added."""
 
     def __init__(self):
         super().__init__()
@@ -547,7 +548,7 @@ class Tied(nn.Module):
         self.b.weight = self.c.weight = self.a.weight
 
     def forward(self, x):
-        return self.c(torch.relu(self.b(torch.tanh(self.a(x)))))
+        return self.c(torch.relu(self.b(torch.tanh(self.c(torch.tanh(self.a(x)))))))
 
 
 @pytest.mark.parametrize("how", [lambda m, _: m, traced, exported])
