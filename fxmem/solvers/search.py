@@ -24,7 +24,7 @@ from .annealing import Incumbent, Run
 from .base import Answer, Task, register_solver
 from .bound import hint
 from .pool import Pool
-from .segments import equal_segments, starting_states
+from .segments import equal_segments, nothing_kept, starting_states
 from .stages import Compiled, compile_problem
 from .state import State, desires
 
@@ -121,10 +121,12 @@ def advised_states(task: Task, compiled: Compiled, budget_bytes: int) -> list[Ad
 def squeeze(task: Task, compiled: Compiled, budget_bytes: int, best: Incumbent, pool: Pool, deadline: float) -> Incumbent:
     """Look for the least peak down to budget_bytes in at most two rounds: from the smallest state known and from nothing kept,
     of which either may get stuck, then from the best of both."""
-    moves, nothing = max(SQUEEZE_MOVES, effort(compiled)), (0,) * len(compiled.stages)
-    for number, (hot, second) in enumerate(((HOT, nothing), (WARM, None))):
+    moves, nothing = max(SQUEEZE_MOVES, effort(compiled)), nothing_kept(compiled)
+    for number, hot in enumerate((HOT, WARM)):
         run = Run(task.problem, budget_bytes, best.smallest, moves, 100 + SEEDS * number, hot, weight=SQUEEZE_WEIGHT)
-        runs = [run, replace(run, desired=second or run.desired, seed=run.seed + 1)]
+        runs = _seeds(run)
+        if nothing and number == 0:
+            runs[-1] = replace(runs[-1], desired=nothing[0])
         best = better([best, *pool.run_all(runs, deadline, task.progress)])
         if best.desired is not None or best.stopped:
             break

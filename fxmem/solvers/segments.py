@@ -19,7 +19,9 @@ from ..schedule import Schedule
 from .stages import Compiled, members
 from .state import desires
 
-MOST_FOR_NOTHING = 100_000  # stages x storages up to which keeping nothing is looked at
+MOST_FOR_NOTHING = (
+    100_000  # stages x storages up to which keeping nothing is looked at, or ten times as many for the least peak
+)
 SEGMENT_COUNTS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 
 
@@ -44,11 +46,16 @@ def starting_states(compiled: Compiled, starts: Sequence[Schedule] = ()) -> list
     count = len(compiled.stages)
     found = [tuple(desires(compiled, schedule)) for schedule in starts]
     found += [(compiled.everything,) * count, *equal_segments(compiled), wishes_of(compiled, nested(compiled, 2, count))]
-    if count * len(compiled.sizes) <= MOST_FOR_NOTHING:
-        found.append((0,) * count)
+    found += nothing_kept(compiled, MOST_FOR_NOTHING)
     if any(stage.thrifty is not None for stage in compiled.stages):
         found += [tuple(bits | compiled.thrift for bits in wishes) for wishes in found]
     return found
+
+
+def nothing_kept(compiled: Compiled, most: int = 10 * MOST_FOR_NOTHING) -> list[tuple[int, ...]]:
+    """All made again for each stage, on a graph of `most` stages x storages at most: on larger ones, looking at it takes long."""
+    count = len(compiled.stages)
+    return [(0,) * count] if count * len(compiled.sizes) <= most else []
 
 
 def equal_segments(compiled: Compiled) -> Iterator[tuple[int, ...]]:
