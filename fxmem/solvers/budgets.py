@@ -121,6 +121,8 @@ def _close_in(task: Task, max_overhead: float, impossible_bytes: int, plain_byte
     from_plain = best.timeline.peak_bytes == plain_bytes
     task, missed = replace(task, enough_s=max_overhead * task.problem.plain_time_s), False
     for k in range(PROBES):
+        if k and task.out_of_time:
+            break
         probe, room_bytes = low_bytes + (plain_bytes - low_bytes) // 16, best.timeline.peak_bytes - low_bytes
         only_low = from_plain and k == 0  # where nothing is known, one that is too small tells most
         if not only_low:
