@@ -1,8 +1,9 @@
 """Capture: a module and example inputs become one joint forward and backward aten graph, or a refusal that says where.
 
 A plain `nn.Module` goes through Dynamo first, which sees a user's own autograd Functions rightly and refuses graph breaks; a
-`GraphModule` (symbolic_trace, export) is taken as it is. Then AOTAutograd traces forward and backward together. Everything
-runs on fake tensors: no data is touched and nothing of the model's size is allocated.
+`GraphModule` (symbolic_trace, export) is taken as it is, unless weights in it are tied, which Dynamo makes one, or it has
+hooks. Then AOTAutograd traces forward and backward together. Everything runs on fake tensors: no data is touched and nothing of
+the model's size is allocated.
 
 In the joint graph that `capture` returns, every placeholder carries `meta["fxmem_role"]` and the output node
 `meta["fxmem_roles"]`, one role for each of its values; backward nodes carry `meta["fxmem_backward"] = True`.
@@ -59,7 +60,7 @@ class Capture:
     attached: indices of all output leaves that autograd would connect to the parameters or inputs.
     constants: tensors that the graph reads but no parameter or buffer names, by the name that their role carries.
     fixed_outputs: output leaves that are no tensors, by their index.
-    read: paths of the module's attributes that the graph holds as constants (none of a GraphModule's).
+    read: paths of the module's attributes that the graph holds as constants (none of a GraphModule that was taken as it is).
     torch_level, call: the torch-level graph that was traced, and the (args, kwargs) of fake tensors that it was called with.
     """
 
@@ -231,23 +232,38 @@ def _torch_level(module: nn.Module, args: tuple, kwargs: dict) -> tuple[fx.Graph
     it with."""
     if isinstance(module, fx.GraphModule):
         _check_recurrent(module)
-    if isinstance(module, fx.GraphModule) and not _is_tied(module):
-        copied = fx.GraphModule(module, copy.deepcopy(module.graph))
-        if kwargs and type(module.graph._codegen) is fx.graph.CodeGen:
-            bound = inspect.signature(module.forward).bind(*args, **kwargs)
-            bound.apply_defaults()
-            return copied, (), bound.args, {}
-        return copied, (), args, kwargs
+        copied, hooked = _without_unread(module), _has_hooks(module)
+        if not hooked and not _is_tied(copied):
+            if kwargs and type(module.graph._codegen) is fx.graph.CodeGen:
+                bound = inspect.signature(module.forward).bind(*args, **kwargs)
+                bound.apply_defaults()
+                return copied, (), bound.args, {}
+            return copied, (), args, kwargs
+        module = module if hooked else copied  # without an exporter's own check of its inputs
     with _refusing(module):
         traced, assignments, read = dynamo_graph(module, args, kwargs)
     _check_assignments(module, traced, assignments)
     return traced, read, args, kwargs
 
 
+def _without_unread(module: fx.GraphModule) -> fx.GraphModule:
+    """A copy, without attributes that nothing reads: an export reads a tied weight by each of its names, and uses one."""
+    copied = fx.GraphModule(module, copy.deepcopy(module.graph))
+    for node in [n for n in copied.graph.nodes if n.op == "get_attr" and not n.users]:
+        copied.graph.erase_node(node)
+    return fx.GraphModule(copied, copied.graph)
+
+
 def _is_tied(module: nn.Module) -> bool:
     """Whether a parameter has several names, for each of which AOTAutograd would trace a gradient of its own: added up name by
     name, they round otherwise than use by use."""
     return len([*module.parameters()]) < len([*module.named_parameters(remove_duplicate=False)])
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """Whether somebody has put a hook on the module itself; an exporter's checks its inputs."""
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return any(not getattr(hook, "__module__", "").startswith("torch.") for hook in hooks)
 
 
 def _add_unused_state(graph_module: fx.GraphModule, module: nn.Module) -> None:

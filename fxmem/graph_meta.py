@@ -41,23 +41,32 @@ def source_of(node: fx.Node) -> str:
     """ "node 'add_1' of module 'layer1.0', at model.py:12" as far as it is known."""
     path = module_of(node)
     where = f" of module {path!r}" if path else ""
-    frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
+    frames = _frames(node)
     line = f", at {frames[-1][0]}:{frames[-1][1]}" if frames else ""
     return f"node {node.name!r}{where}{line}"
 
 
 def line_of(node: fx.Node) -> str:
     """ "resnet.py:97", the innermost line outside of PyTorch that calls what the node computes; "" where none is known."""
-    frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
-    own = [(path, line) for path, line in frames if not path.startswith(TORCH_FOLDER)]
+    own = [(path, line) for path, line in _frames(node) if not path.startswith(TORCH_FOLDER)]
     if not own:
         return ""
     path, line = own[-1]
     return f"{'cell' if 'ipykernel' in path else os.path.basename(path)}:{line}"
 
 
+def _frames(node: fx.Node) -> list[tuple[str, str]]:
+    """Files and lines of the user's calls that led to a node, the innermost last; code that fx has generated is in no file."""
+    frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
+    return [(path, line) for path, line in frames if not path.startswith("<eval_with_key>")]
+
+
 def clean_path(path: str) -> str:
-    """A module path as the user writes it: Dynamo says "L['self'].layer1[0]", or "L['self'].__dict__['_modules']['layer1']"."""
+    """A module path as the user writes it: Dynamo says "L['self'].layer1[0]", "L['self'].__dict__['_modules']['layer1']", and
+    of a GraphModule's code "getattr(L['self'].layer1, '0')"."""
+    found = None
+    while path != found:
+        found, path = path, re.sub(r"getattr\(([^()]*), ['\"]([^'\"]*)['\"]\)", r"\1.\2", path)
     path = re.sub(r"@\d+$", "", path).replace(".__dict__['_modules']", "").replace("__dict__._modules", "")
     path = re.sub(r"^(L\['self'\]|L__self__)\.?(_export_root)?", "", path)
     return re.sub(r"\[['\"]?([^\]'\"]+)['\"]?\]", r".\1", path).replace("..", ".").strip("._")

@@ -119,6 +119,8 @@ def _mark_outputs(joint: fx.GraphModule, naming: _Naming, differentiated: tuple[
         elif role.kind.startswith("output"):
             fixed[role.key] = value
     results = dict(found)
+    if len(results) < len(found):
+        raise CaptureError("a tensor has two gradients in the joint graph, which must not be; please report the model")
     output = joint.graph.output_node()
     output.args = (tuple(results.values()),)
     output.meta["fxmem_roles"] = tuple(results)

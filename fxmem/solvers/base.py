@@ -122,9 +122,12 @@ def judge(task: Task, candidates: Sequence[Schedule | None]) -> tuple[Schedule, 
 
 def cheapest(task: Task, compiled: Compiled, candidates: Iterable[Sequence[int]]) -> Answer:
     """The cheapest of some states, as wishes for each stage (see `state`), that fits."""
-    best, best_s, state = None, float("inf"), State(compiled, task.budget_bytes)
+    best, best_s, state = None, float("inf"), None
     for wishes in candidates:
-        state.reset(list(wishes), task.budget_bytes)
+        if state is None:  # one for all: it remembers what they have in common
+            state = State(compiled, task.budget_bytes, list(wishes))
+        else:
+            state.reset(list(wishes), task.budget_bytes)
         if state.worst_bytes <= task.budget_bytes and state.time_s < best_s:
             schedule = state.schedule()
             if simulate(task.problem, schedule).peak_bytes <= task.budget_bytes:

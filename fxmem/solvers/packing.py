@@ -31,8 +31,9 @@ from .state import State
 
 RANDOM_X_STAGES, LEAST_RANDOM, MOST_RANDOM = 200_000, 400, 700  # random moves, by the number of stages
 SURE_ROUNDS, MOST_ROUNDS = 8, 40
-SAVED = 0.01  # of the extra time: a round after the sure ones that saves less is the last
-FREED = 0.1  # of the bytes too many: a round that frees less, any at all, is the last, for annealing does that better
+SAVED = 0.01  # of the extra time: a round after the sure ones that saves less is weak
+FREED = 0.1  # of the bytes too many: a round that frees less, any at all, is weak, for annealing does that better
+MOST_STRIPS = 2  # weak rounds, or ones that find nothing, after which wishes are stripped; the next one is the last
 ATTEMPTS = 3
 MOST_NODES = 200
 MOST_CUTS = 20
@@ -61,19 +62,22 @@ class Priced:
 def pack(state: State, moves: Moves, deadline: float = math.inf) -> bool:
     """Improve a state by sets of moves, until none is found: first to fit, then to take less time. Whether the deadline
     (time.monotonic) cut it short."""
-    careful, stripped = True, None
+    careful, strips, hurried = True, MOST_STRIPS, False
     for number in range(MOST_ROUNDS):
         before, now = _rank(state), time.monotonic()
-        priced = list(_priced(state, moves, now + (deadline - now) / 2))
-        careful = next((care for care in (careful, not careful) if _round(state, priced, care, deadline)), careful)
+        halfway = now + (deadline - now) / 2
+        priced = list(_priced(state, moves, halfway))
+        hurried = time.monotonic() > halfway
+        if not _round(state, priced, careful, deadline) and _round(state, priced, not careful, deadline):
+            careful = not careful
         rank = _rank(state)
         few_freed = rank[0] > (1 - FREED) * before[0]
         little_saved = not before[0] and rank[1] > (1 - SAVED) * before[1]
         if rank == before or few_freed or (little_saved and number >= SURE_ROUNDS):
-            if time.monotonic() > deadline or rank == stripped or not _strip(state):
+            strips -= 1
+            if hurried or strips < 0 or not _strip(state):
                 break
-            stripped = rank
-    return time.monotonic() > deadline
+    return hurried or time.monotonic() > deadline
 
 
 def _strip(state: State) -> bool:

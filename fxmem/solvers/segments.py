@@ -19,9 +19,8 @@ from ..schedule import Schedule
 from .stages import Compiled, members
 from .state import desires
 
-MOST_FOR_NOTHING = (
-    100_000  # stages x storages up to which keeping nothing is looked at, or ten times as many for the least peak
-)
+# stages x storages up to which keeping nothing is looked at, or ten times as many for the least peak
+MOST_FOR_NOTHING = 100_000
 SEGMENT_COUNTS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 
 
