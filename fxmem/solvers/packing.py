@@ -35,6 +35,7 @@ SAVED = 0.01  # of the extra time: a round after the sure ones that saves less i
 FREED = 0.1  # of the bytes too many: a round that frees less, any at all, is weak, for annealing does that better
 MOST_STRIPS = 2  # weak rounds, or ones that find nothing, after which wishes are stripped; the next one is the last
 ATTEMPTS = 3
+FIT_SHARE = 4  # of the time that is left, sets that fit are looked for in this part: there may be none, which is hard to prove
 MOST_NODES = 200
 MOST_CUTS = 20
 LACKING = 10.0  # what lacking the most bytes that a move adds or frees at a moment weighs, in times of the most that one costs
@@ -97,7 +98,10 @@ def _round(state: State, priced: list[Priced], careful: bool, deadline: float) -
         return False
     before = _rank(state)
     knapsack = _Knapsack(priced, state.budget_bytes - _moments(state), _cliques(priced, state.everything, careful))
-    return _fit(state, knapsack, before, deadline) or (before[0] > 0 and _near(state, knapsack, before, deadline))
+    now = time.monotonic()
+    return _fit(state, knapsack, before, now + (deadline - now) / FIT_SHARE) or (
+        before[0] > 0 and _near(state, knapsack, before, deadline)
+    )
 
 
 def _fit(state: State, knapsack: _Knapsack, before: tuple[int, float], deadline: float) -> bool:
