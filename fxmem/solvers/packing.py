@@ -32,8 +32,8 @@ from .state import State
 RANDOM_X_STAGES, LEAST_RANDOM, MOST_RANDOM = 200_000, 400, 700  # random moves, by the number of stages
 SURE_ROUNDS, MOST_ROUNDS = 8, 40
 SAVED = 0.01  # of the extra time: a round after the sure ones that saves less is weak
-FREED = 0.1  # of the bytes too many: a round that frees less, any at all, is weak, for annealing does that better
-MOST_STRIPS = 2  # weak rounds, or ones that find nothing, after which wishes are stripped; the next one is the last
+MOST_STRIPS = 2  # weak rounds, or ones that save nothing, after which wishes are stripped; the next one is the last
+FREED = 0.1  # of the bytes too many: a round that frees less, any at all, is the last, for annealing does that better
 ATTEMPTS = 3
 FIT_SHARE = 4  # of the time that is left, sets that fit are looked for in this part: there may be none, which is hard to prove
 MOST_NODES = 200
@@ -74,9 +74,11 @@ def pack(state: State, moves: Moves, deadline: float = math.inf) -> bool:
         rank = _rank(state)
         few_freed = rank[0] > (1 - FREED) * before[0]
         little_saved = not before[0] and rank[1] > (1 - SAVED) * before[1]
-        if rank == before or few_freed or (little_saved and number >= SURE_ROUNDS):
+        if few_freed or hurried and rank == before:
+            break
+        if rank == before or (little_saved and number >= SURE_ROUNDS):
             strips -= 1
-            if hurried or strips < 0 or not _strip(state):
+            if strips < 0 or not _strip(state):
                 break
     return hurried or time.monotonic() > deadline
 

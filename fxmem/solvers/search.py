@@ -119,13 +119,13 @@ def advised_states(task: Task, compiled: Compiled, budget_bytes: int) -> list[Ad
 
 
 def squeeze(task: Task, compiled: Compiled, budget_bytes: int, best: Incumbent, pool: Pool, deadline: float) -> Incumbent:
-    """Look for the least peak down to budget_bytes in at most two rounds: from the smallest state known and from nothing kept,
-    of which either may get stuck, then from the best of both."""
+    """Look for the least peak down to budget_bytes in at most two rounds: from the smallest state known, then from the smallest
+    by then and from nothing kept, which gets stuck elsewhere, but takes much more time."""
     moves, nothing = max(SQUEEZE_MOVES, effort(compiled)), nothing_kept(compiled)
     for number, hot in enumerate((HOT, WARM)):
         run = Run(task.problem, budget_bytes, best.smallest, moves, 100 + SEEDS * number, hot, weight=SQUEEZE_WEIGHT)
         runs = _seeds(run)
-        if nothing and number == 0:
+        if nothing and number:
             runs[-1] = replace(runs[-1], desired=nothing[0])
         best = better([best, *pool.run_all(runs, deadline, task.progress)])
         if best.desired is not None or best.stopped:
