@@ -290,8 +290,7 @@ def test_caches_among_the_outputs_are_not_copied():
     ids = torch.arange(100).reshape(2, 50) % 50
     inputs = {"input_ids": ids, "labels": ids}
     planned = assert_drop_in(model, (), inputs, budget=0.8, used=(0,))
-    measured_bytes = fxmem.measure(planned, (), inputs, repeats=1).peak_bytes
-    assert 0 <= planned.plan.predicted_peak_bytes - measured_bytes <= 512  # a cache has 12,800, small numbers 64 each
+    assert 0 <= planned.plan.predicted_peak_bytes - fxmem.measure(planned, (), inputs, repeats=1).peak_bytes <= 64
     plain, found = (tensors(m(**inputs)) for m in (model, planned))
     made = [len({t.untyped_storage().data_ptr() for t in outputs}) for outputs in (plain, found)]
     assert made[0] == made[1] and len(plain) > 8

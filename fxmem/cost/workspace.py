@@ -263,12 +263,13 @@ def _cpu_attention(call: OpCall) -> int:
 
 
 def _cpu_attention_backward(call: OpCall) -> int:
-    """For each thread two tiles of scores; the output gradient once more where it does not lie as (batch, length, heads)."""
+    """For each thread two tiles of scores and the sums of their rows; the output gradient once more where it does not lie as
+    (batch, length, heads)."""
     grad, query, key = call.inputs[:3]
     rows, columns = _attention_tile(OpCall(call.target, (query, key)), query)
     copy = 0 if grad.transpose(1, 2).is_contiguous() else _bytes(grad)
     low = torch.get_num_threads() * rows * columns * 4 if query.dtype in LOW_PRECISION else 0
-    return copy + torch.get_num_threads() * 2 * rows * columns * 4 + 256 + low
+    return copy + torch.get_num_threads() * (2 * rows * columns + rows) * 4 + low
 
 
 def _gpu_attention_backward(call: OpCall) -> int:
