@@ -232,7 +232,7 @@ def _torch_level(module: nn.Module, args: tuple, kwargs: dict) -> tuple[fx.Graph
     it with."""
     if isinstance(module, fx.GraphModule):
         _check_recurrent(module)
-        copied, hooked = _without_unread(module), _has_hooks(module)
+        copied, hooked = _by_first_names(module), _has_hooks(module)
         if not hooked and not _is_tied(copied):
             if kwargs and type(module.graph._codegen) is fx.graph.CodeGen:
                 bound = inspect.signature(module.forward).bind(*args, **kwargs)
@@ -246,12 +246,14 @@ def _torch_level(module: nn.Module, args: tuple, kwargs: dict) -> tuple[fx.Graph
     return traced, read, args, kwargs
 
 
-def _without_unread(module: fx.GraphModule) -> fx.GraphModule:
-    """A copy, without attributes that nothing reads: an export reads a tied weight by each of its names, and uses one."""
-    copied = fx.GraphModule(module, copy.deepcopy(module.graph))
-    for node in [n for n in copied.graph.nodes if n.op == "get_attr" and not n.users]:
-        copied.graph.erase_node(node)
-    return fx.GraphModule(copied, copied.graph)
+def _by_first_names(module: fx.GraphModule) -> fx.GraphModule:
+    """A copy whose graph reads each parameter by the first of its names; an export lists a tied weight by every name."""
+    graph, names = copy.deepcopy(module.graph), _names(module)
+    tensors = dict(module.named_parameters(remove_duplicate=False))
+    for node in graph.nodes:
+        if node.op == "get_attr" and node.target in tensors:
+            node.target = names[id(tensors[node.target])]
+    return fx.GraphModule(module, graph)
 
 
 def _is_tied(module: nn.Module) -> bool:
