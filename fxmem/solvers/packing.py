@@ -63,7 +63,7 @@ class Priced:
 def pack(state: State, moves: Moves, deadline: float = math.inf) -> bool:
     """Improve a state by sets of moves, until none is found: first to fit, then to take less time. Whether the deadline
     (time.monotonic) cut it short."""
-    careful, strips, hurried = True, MOST_STRIPS, False
+    careful, strips, hurried, stripped = True, MOST_STRIPS, False, None
     for number in range(MOST_ROUNDS):
         before, now = _rank(state), time.monotonic()
         halfway = now + (deadline - now) / 2
@@ -78,8 +78,12 @@ def pack(state: State, moves: Moves, deadline: float = math.inf) -> bool:
             break
         if rank == before or (little_saved and number >= SURE_ROUNDS):
             strips -= 1
+            if stripped is None or stripped[0] != rank:
+                stripped = rank, list(state.desired)
             if strips < 0 or not _strip(state):
                 break
+    if stripped and _rank(state) == stripped[0]:  # nothing came of it
+        state.reset(stripped[1], state.budget_bytes)
     return hurried or time.monotonic() > deadline
 
 
