@@ -127,8 +127,8 @@ def test_where_no_set_frees_all_that_is_lacking_several_do(monkeypatch):
     state = State(compiled, budget_bytes, list(hint(compiled, budget_bytes, math.inf)))
     moves, lacking = Moves(compiled, Random(0)), state.excess_bytes
     priced = list(packing._priced(state, moves, math.inf))
-    cliques = packing._cliques(priced, state.everything, careful=True)
-    knapsack = packing._Knapsack(priced, budget_bytes - packing._moments(state), cliques)
+    knapsack = packing._Knapsack(priced, budget_bytes - packing._moments(state))
+    knapsack.restrict(packing._cliques(priced, state.everything, careful=True))
     assert not knapsack.solve(math.inf) and knapsack.solve(math.inf, within=False, rounded=True)
     added = np.cumsum(knapsack.steps @ solved[-1].x[: len(priced)])
     assert set(np.flatnonzero(added > knapsack.room + 1e-6 * knapsack.unit)) <= set(knapsack.moments)
@@ -145,10 +145,10 @@ def test_what_one_stage_makes_again_is_kept_at_once():
     priced = list(packing._priced(state, Moves(compiled, Random(0)), math.inf))
     careful, other = (packing._cliques(priced, state.everything, careful) for careful in (True, False))
     assert all(any(set(clique) <= set(larger) for larger in careful) for clique in other)
-    room, costs = state.budget_bytes - packing._moments(state), {}
+    knapsack, costs = packing._Knapsack(priced, state.budget_bytes - packing._moments(state)), {}
     for name, cliques in {"careful": careful, "other": other}.items():
-        chosen = packing._Knapsack(priced, room, cliques).solve(math.inf)
-        costs[name] = sum(move.time_s for move in chosen)
+        knapsack.restrict(cliques)
+        costs[name] = sum(move.time_s for move in knapsack.solve(math.inf))
     assert costs["other"] < 1.1 * costs["careful"] < 0
 
 

@@ -69,8 +69,7 @@ def pack(state: State, moves: Moves, deadline: float = math.inf) -> bool:
         halfway = now + (deadline - now) / 2
         priced = list(_priced(state, moves, halfway))
         hurried = time.monotonic() > halfway
-        if not _round(state, priced, careful, deadline) and _round(state, priced, not careful, deadline):
-            careful = not careful
+        careful = _round(state, priced, careful, deadline)
         rank = _rank(state)
         few_freed = rank[0] > (1 - FREED) * before[0]
         little_saved = not before[0] and rank[1] > (1 - SAVED) * before[1]
@@ -99,15 +98,20 @@ def _strip(state: State) -> bool:
 
 
 def _round(state: State, priced: list[Priced], careful: bool, deadline: float) -> bool:
-    """Whether a better state was found, which the state then is."""
-    if not priced or time.monotonic() > deadline:
-        return False
-    before = _rank(state)
-    knapsack = _Knapsack(priced, state.budget_bytes - _moments(state), _cliques(priced, state.everything, careful))
-    now = time.monotonic()
-    return _fit(state, knapsack, before, now + (deadline - now) / FIT_SHARE) or (
-        before[0] > 0 and _near(state, knapsack, before, deadline)
-    )
+    """Look for a better state, which the state then is: first with as much care as before, then with the other. With how much
+    one was found, or as before."""
+    knapsack, before = None, _rank(state)
+    for care in (careful, not careful):
+        if not priced or time.monotonic() > deadline:
+            break
+        knapsack = knapsack or _Knapsack(priced, state.budget_bytes - _moments(state))
+        knapsack.restrict(_cliques(priced, state.everything, care))
+        now = time.monotonic()
+        if _fit(state, knapsack, before, now + (deadline - now) / FIT_SHARE) or (
+            before[0] > 0 and _near(state, knapsack, before, deadline)
+        ):
+            return care
+    return careful
 
 
 def _fit(state: State, knapsack: _Knapsack, before: tuple[int, float], deadline: float) -> bool:
@@ -209,7 +213,7 @@ class _Knapsack:
     relaxation runs over them, and the integer program is solved with those alone.
     """
 
-    def __init__(self, priced: list[Priced], room: np.ndarray, cliques: list[list[int]]):
+    def __init__(self, priced: list[Priced], room: np.ndarray):
         from scipy.sparse import csr_array  # here, so that importing the package does not wait for it
 
         self.priced = priced
@@ -220,10 +224,14 @@ class _Knapsack:
         self.steps = csr_array((values, (moments, columns)), shape=(len(room), len(priced)))
         self.unit = self._largest()  # of each row
         self.room = room
-        self.cliques = cliques
         self.short = np.flatnonzero(room < 0)
-        self.moments: list[int] = []  # that have a row
         self._rows: dict[int, tuple[list[int], list[float]]] = {}
+        self.restrict([])
+
+    def restrict(self, cliques: list[list[int]]) -> None:
+        """Begin anew, with these cliques."""
+        self.cliques = cliques
+        self.moments: list[int] = []  # that have a row
 
     def solve(self, deadline: float, within: bool = True, rounded: bool = False) -> list[Priced]:
         """The moves to make, none where nothing is better. within: with bytes too many nowhere; otherwise where the state has
