@@ -92,6 +92,7 @@ CASES: dict[str, Callable[[], nn.Module]] = {
     "batch_norm_statistics": lambda: Between(
         nn.Tanh(), nn.BatchNorm2d(4), nn.SiLU(), nn.BatchNorm2d(4, affine=False), nn.SiLU()
     ),
+    "batch_norm_slices": lambda: Between(nn.Tanh(), nn.BatchNorm2d(4), nn.SiLU(), nn.BatchNorm2d(4, affine=False), nn.ReLU()),
     "convolution_transposed": lambda: Between(nn.Conv2d(4, 6, 5, 2, 1), nn.Conv2d(6, 6, 5, padding=1)),
     "convolution_slices": lambda: Between(nn.Conv2d(4, 6, 5, padding=2), nn.Tanh(), nn.Conv2d(6, 3, 5, padding=2, bias=False)),
     "elu_output": lambda: Between(nn.ELU(0.7), nn.SELU(), nn.CELU(1.5)),

@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers.steps import assert_drop_in, assert_same_steps, transform
-from torch import nn
+from torch import fx, nn
 
 import fxmem
 from benchmarks.implementation_cases import CASES, Between, images
@@ -430,6 +430,34 @@ def test_slices_that_would_run_by_another_kernel_or_save_nothing(layer):
     """Of one small image PyTorch runs another kernel; single pixels lie as kernels take them."""
     with pytest.raises(ImplementationError, match="applies nowhere"):
         fxmem.check_implementation("convolution_slices", nn.Sequential(nn.Conv2d(3, 4, 1), layer), (images(),))
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.BatchNorm2d(5), nn.BatchNorm2d(1), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(4))], ids=str
+)
+def test_slices_of_channels_that_would_run_by_another_kernel(layer):
+    """Single channels, and single pixels, may be taken for channels-last."""
+    channels = next(m.num_features for m in layer.modules() if isinstance(m, nn.BatchNorm2d))
+    with pytest.raises(ImplementationError, match="applies nowhere"):
+        fxmem.check_implementation("batch_norm_slices", nn.Sequential(nn.Conv2d(3, channels, 1), layer), (images(),))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_batch_norms_gradient_in_place_of_the_outputs(training):
+    """Then less than three tensors of its size are there at once."""
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(32).train(training)
+    module, x = nn.Sequential(nn.Conv2d(3, 32, 1), norm, nn.ReLU()).train(training), torch.randn(8, 3, 64, 64)
+    size_bytes = 32 * x.numel() // 3 * 4
+    least = {}
+    for names in ((), None):
+        planned = transform(copy.deepcopy(module), (x,), budget="min", implementations=names)
+        code = "".join(m.code for m in planned.modules() if isinstance(m, fx.GraphModule))
+        assert ("batch_norm_backward_in_slices_" in code) == (names is None)
+        assert_same_steps(module, planned, (x,))
+        least[names] = fxmem.measure(planned, (x,)).peak_bytes
+        assert least[names] == planned.plan.predicted_peak_bytes
+    assert least[None] < least[()] - size_bytes // 2
 
 
 def test_the_default_slope():

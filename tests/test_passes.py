@@ -16,7 +16,7 @@ from fxmem.inplace import INPLACE_FORMS
 from fxmem.lowering import BATCH_NORM, lower
 from fxmem.passes import Costs, Liveness, MarkRegions, MatchEager, NameNodes, Rematerialize, ShapeProp, UpdateBuffers
 from fxmem.schedule import plain_schedule, simulate
-from fxmem.torch_internals import cpu_memory_events
+from fxmem.torch_internals import cpu_memory_events, pytree
 
 aten = torch.ops.aten
 KB4 = 4 * 1024
@@ -277,7 +277,7 @@ def _arguments(target, values, dtype) -> list:
             given.append(values > 0)
         elif kind == "Tensor" and argument.name == "bits":
             given.append(torch.randint(0, 256, (-(-values.numel() // 8),), dtype=torch.uint8))
-        elif argument.name in ("weight", "bias", "mean", "variance"):  # of a batch norm's channels
+        elif argument.name in ("weight", "bias", "mean", "variance", "save_mean", "save_rstd"):  # of a batch norm's channels
             given.append(torch.rand(values.shape[1]).to(dtype))
         elif argument.name == "rstd":  # of rows
             given.append(torch.rand(len(values), 1).to(dtype))
@@ -291,6 +291,8 @@ def _arguments(target, values, dtype) -> list:
             given.append(-1)
         elif argument.name == "stride":
             given.append(list(values.stride()))
+        elif kind == "List[bool]":  # which gradients are wanted
+            given.append([True] * 3)
         elif kind == "Tensor":
             given.append((torch.randn(values.shape) * 2).to(dtype))
         else:
@@ -304,10 +306,10 @@ def test_forms_in_place_are_bitwise(target, dtype):
     torch.manual_seed(0)
     form, values = INPLACE_FORMS[target], torch.randn(9, 501).to(dtype)
     arguments = _arguments(target, values, dtype)
-    expected = target(*arguments)
-    written = form.target(*arguments, **({form.out: arguments[0]} if form.out else {}))
-    assert written.data_ptr() == arguments[0].data_ptr()
-    assert torch.equal(expected, arguments[0])
+    expected = pytree.tree_leaves(target(*arguments))
+    written = pytree.tree_leaves(form.target(*arguments, **({form.out: arguments[0]} if form.out else {})))
+    assert written[0].data_ptr() == arguments[0].data_ptr()
+    assert all(torch.equal(a, b) for a, b in zip(expected, written, strict=True))
 
 
 @pytest.mark.parametrize("target", [t for t in INPLACE_FORMS if "rows" not in str(t)], ids=str)  # those take what rows need

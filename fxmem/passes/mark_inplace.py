@@ -9,12 +9,14 @@ from torch import fx
 
 from ..graph_meta import require
 from ..inplace import INPLACE_FORMS
+from ..torch_internals import pytree
 from .base import Pass
 
 
 class MarkInplace(Pass):
     """Annotates nodes that have a form in place with `meta["fxmem_inplace"]`, the positions of the operands that it may write
-    over: same dtype and layout as the result, the whole of their storage, and shown by no other operand. Needs ShapeProp."""
+    over: same dtype and layout as the result (the first of several), the whole of their storage, and shown by no other operand.
+    Needs ShapeProp."""
 
     def apply(self, graph_module: fx.GraphModule) -> bool:
         require(graph_module, "fxmem_storages", "ShapeProp")
@@ -31,7 +33,7 @@ def _positions(node: fx.Node) -> tuple[int, ...]:
 
 def _may_hold(operand: fx.Node, node: fx.Node) -> bool:
     """Whether the result may be written over the operand."""
-    value, result = operand.meta["val"], node.meta["val"]
+    value, result = operand.meta["val"], pytree.tree_leaves(node.meta["val"])[0]
     same = value.shape == result.shape and value.stride() == result.stride() and value.dtype == result.dtype
     whole = value.untyped_storage().nbytes() == result.untyped_storage().nbytes()
     others = [n for n in node.all_input_nodes if n is not operand]

@@ -1,0 +1,107 @@
+"""Batch norm's backward a few channels at a time, so that it can run in place: the gradient of the output, the input and the
+gradient of the input, all of one size, are what many convolutional networks' least peak consists of.
+
+No channel's gradient depends on another channel. So the gradient of the input is made for some channels, from copies of these
+alone, and then written over the output's. PyTorch's kernels have no such form, and on a CPU take a temporary as large as the
+input besides. They treat channel after channel, so slices of channels give the same bits where they run by the same kernel:
+single pixels, channels-last and, on a GPU, single channels and what 32 bits cannot index have others, and nothing is offered.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from ..cost.base import OpCall
+from ..cost.roofline import PARTS
+from ..cost.workspace import workspace_bytes
+from .base import Call, Choice, register_implementation
+from .operators import chunks, define, define_inplace
+
+aten = torch.ops.aten
+BACKWARD = aten.native_batch_norm_backward.default
+SLICES = 16
+LEAST_BYTES = 1 << 21  # every choice more makes plans take longer
+LARGEST_INDEX = 1 << 31
+
+
+@register_implementation("batch_norm_slices", BACKWARD, least_bytes=LEAST_BYTES)
+def batch_norm_slices(node: fx.Node) -> Choice | None:
+    """What PyTorch's keeps; the gradient is made a sixteenth of the channels at a time, in place of the output's."""
+    gradient, x = (n.meta["val"] for n in node.args[:2])
+    if not (node.args[9][0] and x.numel() and gradient.is_contiguous() and x.is_contiguous()) or x.numel() >= LARGEST_INDEX:
+        return None
+    slices = _slices(x)
+    if x.dim() < 3 or x.stride(1) < 2 or len(slices) < 2 or any(end - begin < 2 for begin, end in slices):
+        return None
+    return Choice(backward=Call(in_slices, node.args))
+
+
+def _slices(x: torch.Tensor) -> list[tuple[int, int]]:
+    channels = x.shape[1]
+    return list(chunks(channels, max(2, -(-channels // SLICES))))
+
+
+def _of_channels(begin: int, end: int, gradient, x, weight, mean, variance, save_mean, save_rstd, *rest) -> tuple:
+    """The backward's arguments for some channels."""
+    images = (t[:, begin:end].contiguous() for t in (gradient, x))
+    each = (None if t is None else t[begin:end] for t in (weight, mean, variance, save_mean, save_rstd))
+    return *images, *each, *rest
+
+
+def _parameter_gradients(gradient, x, weight, *rest) -> tuple[torch.Tensor | None, ...]:
+    """Room for those of weight and bias that are wanted."""
+    dtype = x.dtype if weight is None else weight.dtype
+    return tuple(x.new_empty(x.shape[1], dtype=dtype) if wanted else None for wanted in rest[-1][1:])
+
+
+def _fill(made: torch.Tensor, *args) -> tuple[torch.Tensor | None, ...]:
+    """All gradients; that of the input into `made`, which may be the output's."""
+    of_parameters = _parameter_gradients(*args)
+    for begin, end in _slices(args[1]):
+        parts = BACKWARD(*_of_channels(begin, end, *args))
+        made[:, begin:end] = parts[0]
+        for whole, part in zip(of_parameters, parts[1:], strict=True):
+            if whole is not None:
+                whole[begin:end] = part
+        del parts, part  # before the next slice's are there
+    return made, *of_parameters
+
+
+def _parts(call: OpCall) -> list[OpCall]:
+    """What runs inside, one after the other."""
+    found = []
+    for begin, end in _slices(call.args[1]):
+        args = _of_channels(begin, end, *call.args)
+        made = torch.empty_like(args[1])
+        copies = [OpCall(aten.clone.default, (t,), out=t, on_gpu=call.on_gpu) for t in (*args[:2], made)]
+        out = (made, *_parameter_gradients(*args))
+        found += [*copies, OpCall(BACKWARD, args, out=out, on_gpu=call.on_gpu)]
+    return found
+
+
+def _workspace(call: OpCall) -> int:
+    """Copies of the first channels, which are the most, what is made of them, and the kernel's own."""
+    args = _of_channels(*_slices(call.args[1])[0], *call.args)
+    copied_bytes = sum(t.nbytes for t in args[:2]) if len(args[1]) > 1 else 0  # of one image they lie together
+    out = (torch.empty_like(args[1]), *_parameter_gradients(*args))
+    inside = OpCall(BACKWARD, args, out=out, on_gpu=call.on_gpu)
+    return copied_bytes + inside.new_output_bytes + workspace_bytes(inside)
+
+
+SCHEMA = (
+    "Tensor x, Tensor? weight, Tensor? mean, Tensor? variance, Tensor? save_mean, Tensor? save_rstd, bool training, float eps, "
+    "bool[3] mask"
+)
+in_slices = define(
+    f"batch_norm_backward_in_slices(Tensor gradient, {SCHEMA}) -> (Tensor, Tensor, Tensor)",
+    lambda gradient, x, *rest: _fill(torch.empty_like(x), gradient, x, *rest),
+    lambda gradient, x, *rest: (torch.empty_like(x), *_parameter_gradients(gradient, x, *rest)),
+    _workspace,
+)
+define_inplace(
+    in_slices,
+    f"batch_norm_backward_in_slices_(Tensor(a!) gradient, {SCHEMA}) -> (Tensor(a!), Tensor, Tensor)",
+    lambda gradient, *rest: _fill(gradient, gradient, *rest),
+)
+PARTS[in_slices.overloadpacket] = _parts
