@@ -99,6 +99,9 @@ CASES: dict[str, Callable[[], nn.Module]] = {
     "embedding_rows": lambda: Between(TiedHead(), channels=16),
     "relu_bits": lambda: Between(nn.ReLU()),
     "relu_input": lambda: Between(nn.ReLU()),
+    "relu_pooled": lambda: Between(
+        nn.ReLU(), nn.MaxPool2d(3, 2, 1), nn.Conv2d(4, 4, 1), nn.ReLU(), nn.AdaptiveMaxPool2d((2, 3)), nn.Conv2d(4, 4, 1)
+    ),
     "leaky_relu_bits": lambda: Between(nn.LeakyReLU(0.1)),
     "leaky_relu_output": lambda: Between(nn.LeakyReLU(0.1)),
     "hardtanh_bits": lambda: Between(nn.ReLU6(inplace=True), nn.Hardtanh(-2.0, 1.5)),

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import fx
 
 from .errors import CaptureError
+from .torch_internals import OpOverload
 
 TORCH_FOLDER = os.path.dirname(torch.__file__) + os.sep
 
@@ -88,3 +90,18 @@ def is_view(node: fx.Node, infos: tuple[StorageInfo, ...]) -> bool:
     if node.op != "call_function" or "fxmem_writes" in node.meta or "fxmem_offers" in node.meta:
         return False
     return bool(node.meta["fxmem_storages"]) and all(infos[s].node is not node for s in node.meta["fxmem_storages"])
+
+
+def readers(node: fx.Node) -> Iterator[fx.Node]:
+    """The nodes that read what a node makes, by itself or through views; the views too."""
+    pending = [node]
+    while pending:
+        for user in pending.pop().users:
+            yield user
+            if makes_view(user):
+                pending.append(user)
+
+
+def makes_view(node: fx.Node) -> bool:
+    """Whether the node's operator always returns a view; nothing need be known of storages."""
+    return isinstance(node.target, OpOverload) and (node.target.is_view or node.target is torch.ops.aten._unsafe_view.default)

@@ -27,6 +27,7 @@ from .passes import (
     MarkRegions,
     MatchEager,
     MergeCasts,
+    MergeCopies,
     NameNodes,
     OfferImplementations,
     OwnGradients,
@@ -162,7 +163,7 @@ def prepare(
     captured = capture(module, args, kwargs, output_gradients)
     phase("preparing")
     merge = (MergeCasts(),) if keeps_casts(captured.torch_level) else ()
-    for graph_pass in (SplitConvolutions(), NameNodes(), MatchEager(), *merge, WriteViews(), rewrite_backward):
+    for graph_pass in (SplitConvolutions(), MergeCopies(), NameNodes(), MatchEager(), *merge, WriteViews(), rewrite_backward):
         graph_pass(captured.joint)
     other = None
     if rewrite.applies(captured.joint):  # a copy of a large graph takes seconds

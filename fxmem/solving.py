@@ -20,7 +20,7 @@ from .solvers.budgets import NEARLY
 from .solvers.stages import compile_problem
 from .solvers.state import least_possible_bytes
 
-WORTH_AN_ORDER = 0.02  # of the least peak, or of the extra time: below that, solving twice finds noise
+WORTH_AN_ORDER = 0.005  # of the least peak, or of the extra time: below that, solving twice finds noise
 
 
 def unsolved(problem: Problem) -> Solution:

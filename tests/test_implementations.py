@@ -153,17 +153,19 @@ def test_pool_offsets(kernel, dilation):
 
 
 def test_a_bit_saves_what_nobody_else_keeps():
-    """Before a pool, neither the ReLU's output nor the pool's indices need be kept: a bit and a byte, or less, will do."""
+    """Before a pool, neither the ReLU's output nor the pool's indices need be kept: a bit and a byte, or less, will do, where
+    the ReLU's gradient is not made before the pool's."""
     torch.manual_seed(0)
     blocks = (
         nn.Sequential(nn.Conv2d(c, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(3, 1, 1))
         for c in (3, 16, 16, 16)
     )
     module, x = nn.Sequential(*blocks), torch.randn(8, 3, 32, 32)
-    planned = assert_drop_in(module, (x,), budget="min")
+    names = ("-relu_pooled",)
+    planned = assert_drop_in(module, (x,), budget="min", implementations=names)
     options = {"time_limit_s": 10.0, "cost": "P100"}
     without = transform(module, (x,), budget="min", implementations=(), **options).plan
-    plan = transform(module, (x,), budget=without.predicted_peak_bytes, **options).plan
+    plan = transform(module, (x,), budget=without.predicted_peak_bytes, implementations=names, **options).plan
     assert planned.plan.predicted_peak_bytes <= without.predicted_peak_bytes
     assert plan.predicted_overhead < without.predicted_overhead
     names = [plan.problem.operators[p].name for p in plan.solution.schedule.steps if p >= plan.problem.num_program]
@@ -458,6 +460,28 @@ def test_a_batch_norms_gradient_in_place_of_the_outputs(training):
         least[names] = fxmem.measure(planned, (x,)).peak_bytes
         assert least[names] == planned.plan.predicted_peak_bytes
     assert least[None] < least[()] - size_bytes // 2
+
+
+@pytest.mark.parametrize("skips", [False, True])
+def test_a_relu_before_a_pool_keeps_nothing_of_its_own(skips):
+    """But where its output gets another gradient besides."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3)
+
+        def forward(self, x):
+            made = torch.relu(self.one(x))
+            pooled = self.two(nn.functional.max_pool2d(made, 3, 2, 1))
+            return pooled + made.sum() if skips else pooled
+
+    x = images()
+    joint = prepare(Model(), (x,), {}, "cpu").captured.joint
+    found = joint.graph.find_nodes(op="call_function", target=aten.threshold_backward.default)
+    (threshold,) = (n for n in found if "fxmem_offers" not in n.meta)
+    assert threshold.meta["val"].shape[2:] == ((10, 12) if skips else (5, 6))
+    assert_drop_in(Model(), (x,))
 
 
 def test_the_default_slope():

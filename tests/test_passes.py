@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers.models import ConvNet, Counter, SharedNorm, Transformer
+from helpers.steps import assert_drop_in
 from torch import fx, nn
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
@@ -14,7 +15,17 @@ from fxmem.cost import cost_model
 from fxmem.fake_kernels import FakeTensorMode
 from fxmem.inplace import INPLACE_FORMS
 from fxmem.lowering import BATCH_NORM, lower
-from fxmem.passes import Costs, Liveness, MarkRegions, MatchEager, NameNodes, Rematerialize, ShapeProp, UpdateBuffers
+from fxmem.passes import (
+    Costs,
+    Liveness,
+    MarkRegions,
+    MatchEager,
+    MergeCopies,
+    NameNodes,
+    Rematerialize,
+    ShapeProp,
+    UpdateBuffers,
+)
 from fxmem.schedule import plain_schedule, simulate
 from fxmem.torch_internals import cpu_memory_events, pytree
 
@@ -264,6 +275,34 @@ def test_passes_read_fake_values_of_others():
         FakeTensorProp(module, mode).propagate(torch.empty(1024))
     ShapeProp()(module)
     assert len(module.meta["fxmem_storages"]) == 5
+
+
+@pytest.mark.parametrize(
+    ("function", "copies"),
+    [
+        (lambda x: torch.cat([torch.sin(x)]).cos(), 0),
+        (lambda x: torch.sin(x).clone().cos(), 0),
+        (lambda x: torch.sin(x).view(-1).clone().view(8, 6).cos(), 0),
+        (lambda x: x.clone().cos(), 1),  # of what the caller gave
+        (lambda x: torch.sin(x).clone(), 1),  # what the caller gets
+        (lambda x: torch.sin(x).clone().view(-1), 1),
+        (lambda x: (lambda y: (y[1:], y.clone().cos()))(torch.sin(x)), 1),
+        (lambda x: torch.sin(x).t().clone(memory_format=torch.contiguous_format).cos(), 1),  # which lies otherwise
+        (lambda x: (lambda y: (y.clone().mul_(3) + y).cos())(torch.sin(x)), 0),  # written to by nobody, once traced
+    ],
+)
+def test_copies_are_their_originals(function, copies):
+    class Model(nn.Module):
+        def forward(self, x):
+            return function(x)
+
+    x = torch.randn(8, 6, requires_grad=True)
+    module = capture(Model(), (x,), {}).joint
+    MergeCopies()(module)
+    targets = [n.target for n in module.graph.nodes]
+    assert targets.count(torch.ops.aten.clone.default) + targets.count(torch.ops.aten.cat.default) == copies
+    assert not MergeCopies()(module).modified
+    assert_drop_in(Model(), (x,))
 
 
 def _arguments(target, values, dtype) -> list:

@@ -58,9 +58,10 @@ class Result:
 class Rewrite:
     """Another way to run several operators of the step.
 
-    made: nodes of the step, and what is to stand in the place of each: a Call, or a result of `forward`. What then nobody
-        reads is gone. forward: where forward and backward are written anew together, an operator with a tuple of results that
-        runs in the place of the forward node `at`, and is read by `made` as `Result`.
+    made: nodes of the step, and what is to stand in the place of each: a Call, or a result of `forward`. A Call that reads one
+        of the nodes before it reads what stands in its place. What then nobody reads is gone. forward: where forward and
+        backward are written anew together, an operator with a tuple of results that runs in the place of the forward node `at`,
+        and is read by `made` as `Result`.
 
     With a `forward`, the step is planned both ways, and the better plan is taken. Without, the rewrite is always made: offer it
     where it can only be better.

@@ -1,6 +1,7 @@
 """The stages that work on a graph, each an fx pass: use them alone, in a PassManager, or through `fxmem.transform`.
 
 SplitConvolutions   the backward of a convolution as two operators
+MergeCopies     no copies of what nobody writes to
 NameNodes       names nodes after modules and what they compute
 SingleResults   batch norms of inference as operators that can run in place
 MatchEager      makes a captured joint graph round as the plain module does
@@ -26,6 +27,7 @@ from .liveness import Liveness
 from .mark_inplace import MarkInplace
 from .match_eager import MatchEager
 from .merge_casts import MergeCasts
+from .merge_copies import MergeCopies
 from .names import NameNodes
 from .offer import OfferImplementations
 from .own_gradients import OwnGradients
@@ -41,7 +43,7 @@ from .update_buffers import UpdateBuffers
 from .write_views import WriteViews
 
 __all__ = [
-    "Costs", "Liveness", "MarkInplace", "MarkRegions", "MatchEager", "MergeCasts", "NameNodes",
+    "Costs", "Liveness", "MarkInplace", "MarkRegions", "MatchEager", "MergeCasts", "MergeCopies", "NameNodes",
     "OfferImplementations", "OwnGradients", "Pass", "PlaceInArena", "Rematerialize", "Reorder", "RewriteParts", "ShapeProp",
     "SingleResults", "SplitConvolutions", "UpdateBuffers", "WriteViews",
 ]  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import fx
@@ -59,6 +59,7 @@ class _Writer:
     def __init__(self, graph: fx.Graph, rewrite: Rewrite, implementation: Implementation):
         self.graph, self.rewrite, self.implementation = graph, rewrite, implementation
         self.results: dict[int, fx.Node] = {}
+        self.made: dict[fx.Node, fx.Node] = {}
 
     def write(self) -> None:
         made = self.rewrite.made
@@ -67,9 +68,10 @@ class _Writer:
             self._run_forward(self.rewrite.forward, self.rewrite.at, sorted(wanted))
         for node, source in made.items():
             with self.graph.inserting_before(node):
-                new = self._call(source, node, node.name) if isinstance(source, Call) else self.results[source.index]
+                new = self._moved(source, node) if isinstance(source, Call) else self.results[source.index]
             node.replace_all_uses_with(new)
-            self._erase(node)
+            self.made[node] = new
+        self._erase(made)
 
     def _run_forward(self, call: Call, at: fx.Node, wanted: list[int]) -> None:
         with self.graph.inserting_before(at):
@@ -77,11 +79,14 @@ class _Writer:
             for index in wanted:
                 self.results[index] = self._call(Call(operator.getitem, (whole, index)), at, f"{whole.name}_{index}")
 
+    def _moved(self, call: Call, place: fx.Node) -> fx.Node:
+        """A node in that place, named after the one that did the same."""
+        same = next((n for n in self.rewrite.made if n.target is call.target), place)
+        return self._call(call, same, same.name)
+
     def _call(self, call: Call, beside: fx.Node, name: str) -> fx.Node:
         """A node of the module of `beside`, on the same side of the step."""
-        args, kwargs = pytree.tree_map(
-            lambda a: self.results[a.index] if isinstance(a, Result) else a, (call.args, dict(call.kwargs))
-        )
+        args, kwargs = pytree.tree_map(self._stands_for, (call.args, dict(call.kwargs)))
         node = self.graph.create_node("call_function", call.target, args, kwargs, name)
         late = next((read.name for read in node.all_input_nodes if node < read), None)
         if late is not None:
@@ -90,9 +95,14 @@ class _Writer:
         node.meta = beside.meta | {"val": value, "fxmem_implementation": self.implementation.name}
         return node
 
-    def _erase(self, node: fx.Node) -> None:
-        """Take out a node that nobody reads, and what then nobody reads."""
-        pending = {node: None}
+    def _stands_for(self, argument: Any) -> Any:
+        if isinstance(argument, Result):
+            return self.results[argument.index]
+        return self.made.get(argument, argument) if isinstance(argument, fx.Node) else argument
+
+    def _erase(self, nodes: Iterable[fx.Node]) -> None:
+        """Take out nodes that nobody reads, and what then nobody reads."""
+        pending = dict.fromkeys(nodes)
         while pending:
             top, _ = pending.popitem()
             if not top.users and top.op == "call_function" and not top.is_impure():

@@ -1,0 +1,42 @@
+"""Copies that stand for nothing: the traced graph writes to no value, so that a copy and its original stay equal."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from ..graph_meta import makes_view, readers
+from .base import Pass
+
+aten = torch.ops.aten
+
+
+class MergeCopies(Pass):
+    """Replaces a clone, or a concatenation of a single tensor (as dense blocks begin with), by its original where that lies in
+    memory alike. What a caller gives or gets stays apart: inputs, and results of the step."""
+
+    def apply(self, graph_module: fx.GraphModule) -> bool:
+        graph = graph_module.graph
+        found = [(node, original) for node in graph.nodes if (original := _original(node)) is not None]
+        for node, original in found:
+            node.replace_all_uses_with(original)
+            graph.erase_node(node)
+        return bool(found)
+
+
+def _original(node: fx.Node) -> fx.Node | None:
+    """What a node makes nothing but a copy of."""
+    is_copy = node.target is aten.clone.default or (node.target is aten.cat.default and len(node.args[0]) == 1)
+    if not is_copy:
+        return None
+    (original,) = node.all_input_nodes
+    made, value = node.meta["val"], original.meta["val"]
+    alike = (made.shape, made.stride(), made.dtype) == (value.shape, value.stride(), value.dtype)
+    return original if alike and not _is_visible(node) and not _is_visible(original) else None
+
+
+def _is_visible(node: fx.Node) -> bool:
+    """Whether the caller may see the bytes of a value: it is, or shows, an input or a result."""
+    while makes_view(node):
+        node = node.all_input_nodes[0]
+    return node.op != "call_function" or any(reader.op == "output" for reader in readers(node))
