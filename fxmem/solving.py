@@ -16,7 +16,7 @@ from .schedule import Schedule, plain_schedule, simulate
 from .solvers import Solution, find_solver, frontier, least_peak, solve
 from .solvers.base import BY_INTERRUPT, with_reason
 from .solvers.bound import Relaxation
-from .solvers.budgets import NEARLY
+from .solvers.minimum import NEARLY
 from .solvers.stages import compile_problem
 from .solvers.state import least_possible_bytes
 
@@ -71,18 +71,24 @@ def choose_program(
 
     Each is solved, so that the answer is never worse than that of the plain one alone; but where nothing is to be recomputed,
     or that costs less than another way of writing, the plain one is taken at once, and another order of the same operators is
-    solved only where its relaxation promises something. They share the time: what one leaves is the next ones'. Extra times
-    are over the plain one's step. starts: schedules to begin from, by problem.
+    solved only where its relaxation promises something. For the least peak, the one that can be the lowest comes first, and
+    others only where they can be as low as it became. They share the time: what one leaves is the next ones'. Extra times are
+    over the plain one's step. starts: schedules to begin from, by problem.
 
     Raises InfeasibleBudgetError where none of them fits.
     """
     found, errors, deadline = {}, [], time.monotonic() + time_limit_s
     size_bytes = None if budget.is_free else budget.resolve(plain_peak_bytes)
-    worth_solving = [0] if budget.is_free else _worth_solving(problems, size_bytes)
+    worth_solving, floors = [0] if budget.is_free else _worth_solving(problems, size_bytes), {}
+    if budget.least:
+        floors = {n: least_possible_bytes(problems[n], compile_problem(problems[n])) for n in worth_solving}
+        worth_solving.sort(key=floors.__getitem__)
     for already, number in enumerate(worth_solving):
         problem, slower = problems[number], _slower(problems[number], problems[0])
         wanted = budget
         if 0 in found and _is_settled(budget, found[0], slower):
+            continue
+        if floors and any(floors[number] > s.timeline.peak_bytes * (1 + NEARLY) for s in found.values()):
             continue
         if budget.max_overhead is not None:
             wanted = replace(budget, max_overhead=(1 + budget.max_overhead) / (1 + slower) - 1)

@@ -21,7 +21,7 @@ from .packing import pack
 from .stages import compile_problem
 from .state import State
 
-CHECK_EVERY = 256  # moves between looks at the clock and steps of the temperature
+COOL_EVERY = 256  # moves between steps of the temperature
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def _walk(state: State, run: Run, moves: Moves, best: Incumbent, deadline: float
     weight = max(run.weight, 2 / len(state.compiled.stages))  # on a small graph one operator is much of the time
     temperature = run.hot
     adapt_every = min(1024, max(64, run.moves // 100 // 64 * 64))
-    cooling = (run.cold / run.hot) ** (CHECK_EVERY / max(run.moves, CHECK_EVERY))
+    cooling = (run.cold / run.hot) ** (COOL_EVERY / max(run.moves, COOL_EVERY))
     for count in range(1, run.moves + 1):
         before_s, before_bytes = state.time_s, state.excess_bytes
         for _ in range(moves.how_many()):
@@ -97,10 +97,10 @@ def _walk(state: State, run: Run, moves: Moves, best: Incumbent, deadline: float
             state.undo()
         if count % adapt_every == 0:
             weight *= 1.15 if state.excess_bytes else 0.95
-        if count % CHECK_EVERY == 0:
+        if time.monotonic() > deadline:  # a move takes anything from a tenth of a millisecond to a second
+            return False
+        if count % COOL_EVERY == 0:
             temperature *= cooling
-            if time.monotonic() > deadline:
-                return False
-            if progress and count % (16 * CHECK_EVERY) == 0:
+            if progress and count % (16 * COOL_EVERY) == 0:
                 progress(f"search: {count} of {run.moves} moves, best extra time {format_percent(best.time_s / unit_s, 2)}")
     return True

@@ -13,13 +13,12 @@ from ..schedule import Schedule, plain_schedule, simulate
 from .base import BY_INTERRUPT, BY_TIME_LIMIT, Progress, Solution, Task, with_reason
 from .bound import Relaxation
 from .driver import solve, solve_task
-from .minimum import smallest_schedule
+from .minimum import NEARLY, smallest_schedule
 from .stages import compile_problem
 from .state import least_possible_bytes
 
 PROBES = 8  # budgets that are tried
 PROBE_SHARE = 3  # of the time that is left, each may take the third part, the last ones more
-NEARLY = 5e-4
 
 
 def least_peak(

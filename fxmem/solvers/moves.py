@@ -191,11 +191,11 @@ class Moves:
         return self._turn(state, t)
 
     def _turn(self, state: State, t: int) -> dict[int, int]:
-        """The other wish for thrift in stage t, and to carry into it what the thrifty option reads."""
+        """The other wish for thrift in stage t, and to carry into it what the thrifty option reads beyond the one at work."""
         stage, thrift = self.compiled.stages[t], self.compiled.thrift
         wishes: dict[int, int] = {}
         if not state.desired[t] & thrift:
-            self._carry(state, t, stage.options[stage.thrifty].needs, wishes)
+            self._carry(state, t, stage.options[stage.thrifty].needs & ~stage.options[state.ends[t]].needs, wishes)
         return wishes | {t: wishes.get(t, state.desired[t]) ^ thrift}
 
     def _run_by(self, state: State, t: int, end: int) -> dict[int, int]:

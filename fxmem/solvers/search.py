@@ -118,6 +118,11 @@ def advised_states(task: Task, compiled: Compiled, budget_bytes: int) -> list[Ad
     return joined[:2]
 
 
+def advice_packed(task: Task, compiled: Compiled, pool: Pool) -> Incumbent:
+    """What packing makes of the relaxation's advice and of the best starting state, within the task's budget."""
+    return _Search(task, compiled, task.budget_bytes, pool, [])._advice_packed()
+
+
 def squeeze(task: Task, compiled: Compiled, budget_bytes: int, best: Incumbent, pool: Pool, deadline: float) -> Incumbent:
     """Look for the least peak down to budget_bytes in at most two rounds: from the smallest state known, then from the smallest
     by then and from nothing kept, which gets stuck elsewhere, but takes much more time."""
