@@ -484,6 +484,27 @@ def test_a_relu_before_a_pool_keeps_nothing_of_its_own(skips):
     assert_drop_in(Model(), (x,))
 
 
+def test_a_batch_norms_gradient_in_place_of_its_input():
+    """Where the gradient of the output is that of a shortcut too."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.before, self.conv, self.norm = nn.Conv2d(3, 32, 1), nn.Conv2d(32, 32, 1), nn.BatchNorm2d(32)
+
+        def forward(self, x):
+            x = torch.sin(self.before(x))
+            return torch.relu(x + self.norm(self.conv(x)))
+
+    torch.manual_seed(0)
+    module, x = Block(), torch.randn(8, 3, 64, 64)
+    planned, places = force("batch_norm_slices", copy.deepcopy(module), (x,), {})
+    assert places == 1
+    assert "batch_norm_backward_over_input_" in "".join(m.code for m in planned.modules() if isinstance(m, fx.GraphModule))
+    assert_same_steps(module, planned, (x,))
+    assert fxmem.measure(planned, (x,)).peak_bytes == planned.plan.predicted_peak_bytes
+
+
 def test_the_default_slope():
     assert fxmem.check_implementation("leaky_relu_output", Between(nn.LeakyReLU()), (images(),)).places == 1
 

@@ -349,6 +349,12 @@ def test_forms_in_place_are_bitwise(target, dtype):
     written = pytree.tree_leaves(form.target(*arguments, **({form.out: arguments[0]} if form.out else {})))
     assert written[0].data_ptr() == arguments[0].data_ptr()
     assert all(torch.equal(a, b) for a, b in zip(expected, written, strict=True))
+    if form.second:
+        arguments = _arguments(target, values, dtype)
+        expected = pytree.tree_leaves(target(*arguments))
+        written = pytree.tree_leaves(form.second(*arguments))
+        assert written[0].data_ptr() == arguments[1].data_ptr()
+        assert all(torch.equal(a, b) for a, b in zip(expected, written, strict=True))
 
 
 @pytest.mark.parametrize("target", [t for t in INPLACE_FORMS if "rows" not in str(t)], ids=str)  # those take what rows need

@@ -126,7 +126,8 @@ class _Emitter:
         if again:
             made.meta |= {"fxmem_recomputes": stood_for.name, "fxmem_avoided_bytes": self._used_bytes(step, index)}
         if target is not node.target and self.timeline.inplace[step]:
-            made.meta["fxmem_inplace_over"] = arguments[0].name
+            written = target is getattr(INPLACE_FORMS.get(node.target), "second", None)
+            made.meta["fxmem_inplace_over"] = arguments[written].name
         self.current[stood_for] = made
         self._items(step, stood_for)
 
@@ -138,9 +139,10 @@ class _Emitter:
             # Statistics move once: the repeat neither reads nor makes the running ones.
             return aten._native_batch_norm_legit.no_stats, (*arguments[:3], *arguments[5:]), keywords
         if pair:
-            form = INPLACE_FORMS[node.target]
-            if pair[0] not in node.args[0].meta["fxmem_storages"]:
-                arguments = (arguments[1], arguments[0])
+            form, first = INPLACE_FORMS[node.target], pair[0] in node.args[0].meta["fxmem_storages"]
+            if form.second and not first:
+                return form.second, arguments, keywords
+            arguments = arguments if first else (arguments[1], arguments[0])
             return form.target, arguments, keywords | ({form.out: arguments[0]} if form.out else {})
         return node.target, arguments, keywords
 

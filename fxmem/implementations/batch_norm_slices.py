@@ -2,9 +2,10 @@
 gradient of the input, all of one size, are what many convolutional networks' least peak consists of.
 
 No channel's gradient depends on another channel. So the gradient of the input is made for some channels, from copies of these
-alone, and then written over the output's. PyTorch's kernels have no such form, and on a CPU take a temporary as large as the
-input besides. They treat channel after channel, so slices of channels give the same bits where they run by the same kernel:
-single pixels, channels-last and, on a GPU, single channels and what 32 bits cannot index have others, and nothing is offered.
+alone, and then written over the output's, or over the input, whichever nobody needs any more. PyTorch's kernels have no such
+form, and on a CPU take a temporary as large as the input besides. They treat channel after channel, so slices of channels give
+the same bits where they run by the same kernel: single pixels, channels-last and, on a GPU, single channels and what 32 bits
+cannot index have others, and nothing is offered.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ LARGEST_INDEX = 1 << 31
 
 @register_implementation("batch_norm_slices", BACKWARD, least_bytes=LEAST_BYTES)
 def batch_norm_slices(node: fx.Node) -> Choice | None:
-    """What PyTorch's keeps; the gradient is made a sixteenth of the channels at a time, in place of the output's."""
+    """What PyTorch's keeps; made a sixteenth of the channels at a time, in place of the output's gradient or the input."""
     gradient, x = (n.meta["val"] for n in node.args[:2])
     if not (node.args[9][0] and x.numel() and gradient.is_contiguous() and x.is_contiguous()) or x.numel() >= LARGEST_INDEX:
         return None
@@ -102,6 +103,12 @@ in_slices = define(
 define_inplace(
     in_slices,
     f"batch_norm_backward_in_slices_(Tensor(a!) gradient, {SCHEMA}) -> (Tensor(a!), Tensor, Tensor)",
-    lambda gradient, *rest: _fill(gradient, gradient, *rest),
+    lambda gradient, x, *rest: _fill(gradient, gradient, x, *rest),
+)
+define_inplace(
+    in_slices,
+    f"batch_norm_backward_over_input_(Tensor gradient, {SCHEMA.replace(' x', '(a!) x', 1)}) -> (Tensor(a!), Tensor, Tensor)",
+    lambda gradient, x, *rest: _fill(x, gradient, x, *rest),
+    second=True,
 )
 PARTS[in_slices.overloadpacket] = _parts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -38,12 +39,14 @@ def define(
     return packet.default
 
 
-def define_inplace(operator: Any, schema: str, kernel: Callable) -> None:
-    """The form in place of an operator that `define` made: it writes over the first operand."""
+def define_inplace(operator: Any, schema: str, kernel: Callable, second: bool = False) -> None:
+    """The form in place of an operator that `define` made: it writes over the first operand, or over the second one, where the
+    other form has been defined."""
     name = schema.partition("(")[0]
     _library.define(schema)
     _library.impl(name, kernel, "CompositeExplicitAutograd")
-    INPLACE_FORMS[operator] = InplaceForm(getattr(torch.ops.fxmem, name).default)
+    target = getattr(torch.ops.fxmem, name).default
+    INPLACE_FORMS[operator] = replace(INPLACE_FORMS[operator], second=target) if second else InplaceForm(target)
 
 
 def in_usual_format(tensor: torch.Tensor) -> bool:

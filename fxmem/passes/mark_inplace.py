@@ -27,8 +27,9 @@ class MarkInplace(Pass):
 
 
 def _positions(node: fx.Node) -> tuple[int, ...]:
-    commutes = INPLACE_FORMS[node.target].commutes and not node.kwargs and len(node.args) == 2
-    return tuple(i for i in range(2 if commutes else 1) if isinstance(node.args[i], fx.Node) and _may_hold(node.args[i], node))
+    form = INPLACE_FORMS[node.target]
+    either = form.second or (form.commutes and not node.kwargs and len(node.args) == 2)
+    return tuple(i for i in range(2 if either else 1) if isinstance(node.args[i], fx.Node) and _may_hold(node.args[i], node))
 
 
 def _may_hold(operand: fx.Node, node: fx.Node) -> bool:
