@@ -51,7 +51,7 @@ def starting_states(compiled: Compiled, starts: Sequence[Schedule] = ()) -> list
     return found
 
 
-def nothing_kept(compiled: Compiled, most: int = 10 * MOST_FOR_NOTHING) -> list[tuple[int, ...]]:
+def nothing_kept(compiled: Compiled, most: int = 3 * MOST_FOR_NOTHING) -> list[tuple[int, ...]]:
     """All made again for each stage, on a graph of `most` stages x storages at most: larger ones take long to judge."""
     count = len(compiled.stages)
     return [(0,) * count] if count * len(compiled.sizes) <= most else []
