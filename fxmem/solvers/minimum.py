@@ -22,22 +22,22 @@ LEAST_EFFORT_S = 10.0  # spent on it where the time limit has passed already: an
 
 
 def smallest_schedule(task: Task, effort_s: float = LEAST_EFFORT_S) -> Schedule:
-    """The schedule with the least peak that the search meets, or one that is NEARLY as low as any can be, whatever it costs.
-    The task's budget does not matter.
+    """The schedule with the least peak that the search meets, whatever it costs; or one that is NEARLY as low as any can be, or
+    within the task's budget.
 
     effort_s: seconds to search at least, even behind the task's deadline.
     """
     compiled = compile_problem(task.problem)
     floor_bytes = least_possible_bytes(task.problem, compiled)
-    near_bytes = int(floor_bytes * (1 + NEARLY))
+    enough_bytes = max(task.budget_bytes, int(floor_bytes * (1 + NEARLY)))
     task = replace(task, budget_bytes=floor_bytes)
     best = first_states(task, compiled, floor_bytes)
-    if best.smallest_bytes > near_bytes:
+    if best.smallest_bytes > enough_bytes:
         with Pool(len(compiled.stages)) as pool:
             deadline = max(task.deadline, time.monotonic() + effort_s)
             soon = time.monotonic() + (deadline - time.monotonic()) / PACKING_SHARE
-            packed = advice_packed(replace(task, budget_bytes=near_bytes, deadline=soon), compiled, pool)
-            if packed.smallest_bytes > near_bytes and not packed.interrupted:
+            packed = advice_packed(replace(task, budget_bytes=enough_bytes, deadline=soon), compiled, pool)
+            if packed.smallest_bytes > enough_bytes and not packed.interrupted:
                 best = squeeze(task, compiled, floor_bytes, best, pool, deadline)
             best = better([best, packed])
     schedules = [State(compiled, floor_bytes, list(best.smallest)).schedule(), *task.starts]

@@ -167,7 +167,8 @@ class _Search:
             best = better([best, self._round(runs)])
         if best.desired is None and thorough and not best.interrupted:
             deadline = math.inf if self.task.overtime else self.task.deadline
-            best = squeeze(self.task, self.compiled, self.budget_bytes, best, self.pool, deadline)
+            first = first_states(self.task, self.compiled, self.budget_bytes)  # from which it goes lower than from packed ones
+            best = better([squeeze(self.task, self.compiled, self.budget_bytes, first, self.pool, deadline), best])
             if best.desired is not None and not best.stopped:
                 best = better([best, *self._packed([best.desired])])
         if best.desired is None:
