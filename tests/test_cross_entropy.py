@@ -222,7 +222,7 @@ def test_the_better_program_is_taken(budget, number, overhead):
 
 
 def test_an_interrupt_of_one_program_is_told_where_the_other_is_taken(monkeypatch):
-    programs, choose = (PROGRAMS[0], step_of(2.0, 130)), solving.choose
+    programs, choose = (PROGRAMS[0], step_of(2.0, 100)), solving.choose
     monkeypatch.setattr(solving, "choose", lambda p, *args: replace(choose(p, *args), interrupted=p is programs[1]))
     chosen, solution = choose_program(programs, Budget(least=True), 140, time_limit_s=2.0)
     assert chosen == 0 and solution.interrupted

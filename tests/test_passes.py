@@ -283,7 +283,8 @@ def test_passes_read_fake_values_of_others():
         (lambda x: torch.cat([torch.sin(x)]).cos(), 0),
         (lambda x: torch.sin(x).clone().cos(), 0),
         (lambda x: torch.sin(x).view(-1).clone().view(8, 6).cos(), 0),
-        (lambda x: x.clone().cos(), 1),  # of what the caller gave
+        (lambda x: torch.sin(x).clone().clone().clone().cos(), 0),
+        (lambda x: x.clone().clone().cos(), 1),  # of what the caller gave
         (lambda x: torch.sin(x).clone(), 1),  # what the caller gets
         (lambda x: torch.sin(x).clone().view(-1), 1),
         (lambda x: (lambda y: (y[1:], y.clone().cos()))(torch.sin(x)), 1),

@@ -16,12 +16,13 @@ class MergeCopies(Pass):
     memory alike. What a caller gives or gets stays apart: inputs, and results of the step."""
 
     def apply(self, graph_module: fx.GraphModule) -> bool:
-        graph = graph_module.graph
-        found = [(node, original) for node in graph.nodes if (original := _original(node)) is not None]
-        for node, original in found:
-            node.replace_all_uses_with(original)
-            graph.erase_node(node)
-        return bool(found)
+        graph, before = graph_module.graph, len(graph_module.graph.nodes)
+        for node in graph.nodes:  # a copy of a copy sees what has become of that
+            original = _original(node)
+            if original is not None:
+                node.replace_all_uses_with(original)
+                graph.erase_node(node)
+        return len(graph.nodes) < before
 
 
 def _original(node: fx.Node) -> fx.Node | None:
