@@ -79,8 +79,8 @@ def _unfolded(x: torch.Tensor, w: torch.Tensor, spatial: torch.Size) -> int:
 
 
 def _reordered_input(x: torch.Tensor, w: torch.Tensor) -> int:
-    """The input in blocks; an image of a few channels is read as it lies, unless the kernel is a large patch."""
-    plain = x.shape[1] <= 4 and math.prod(w.shape[2:]) <= 49
+    """The input in blocks; an image of a few channels is read as it lies, unless the kernel is a large patch or a pixel."""
+    plain = x.shape[1] <= 4 and 1 < math.prod(w.shape[2:]) <= 49
     return 0 if plain else _blocked(x, (1,))
 
 
@@ -132,9 +132,10 @@ def _convolution_backward(call: OpCall) -> int:
         mixed = 2 * _bytes(grad) if converted else 0
         return partial + 3 * w_bytes + converted + mixed + _blocks_of_each_group(w, call.args[9])
     grad_bytes, x_bytes = _blocked(grad, (1,)), _reordered_input(x, w)
-    input_phase = max(grad_bytes + w_bytes, x_bytes) + x_bytes - call.new_output_bytes if call.args[10][0] else 0
+    made_bytes = _blocked(x, (1,))  # of few channels, too
+    input_phase = max(grad_bytes + w_bytes, made_bytes) + made_bytes - call.new_output_bytes if call.args[10][0] else 0
     if call.args[10][0] and max(strides) > 1 and w.shape[1] > 1:
-        input_phase = max(input_phase, 3 * x_bytes - call.new_output_bytes)
+        input_phase = max(input_phase, 3 * made_bytes - call.new_output_bytes)
     weight_phase = grad_bytes + x_bytes + partial + _unit_stride_copy(x, w, strides, grad.shape[2:]) if call.args[10][1] else 0
     return _contiguous_copies(call) + max(input_phase, weight_phase, w_bytes)
 
