@@ -79,8 +79,8 @@ def _unfolded(x: torch.Tensor, w: torch.Tensor, spatial: torch.Size) -> int:
 
 
 def _reordered_input(x: torch.Tensor, w: torch.Tensor) -> int:
-    """The input in blocks; an image of a few channels is read as it lies, unless the kernel is a large patch or a pixel."""
-    plain = x.shape[1] <= 4 and 1 < math.prod(w.shape[2:]) <= 49
+    """The input in blocks; an image of a few channels is read as it lies, unless the kernel is a large patch."""
+    plain = x.shape[1] <= 4 and math.prod(w.shape[2:]) <= 49
     return 0 if plain else _blocked(x, (1,))
 
 
