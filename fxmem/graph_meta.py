@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from .errors import CaptureError
-from .torch_internals import OpOverload
+from .torch_internals import OpOverload, is_view_operator
 
 TORCH_FOLDER = os.path.dirname(torch.__file__) + os.sep
 
@@ -104,4 +104,4 @@ def readers(node: fx.Node) -> Iterator[fx.Node]:
 
 def makes_view(node: fx.Node) -> bool:
     """Whether the node's operator always returns a view; nothing need be known of storages."""
-    return isinstance(node.target, OpOverload) and (node.target.is_view or node.target is torch.ops.aten._unsafe_view.default)
+    return isinstance(node.target, OpOverload) and is_view_operator(node.target)

@@ -17,9 +17,9 @@ aten = torch.ops.aten
 class InplaceForm:
     """How an operator runs in place: `target` with the same arguments.
 
-    commutes: the first two operands may change places. second: another form, with the same arguments, that writes over the
-    second operand. out: the keyword that names what is written, for operators whose form in place is the one with a given
-    result; it is the first operand itself.
+    commutes: the first two operands may change places. second: another form, which takes them in the other order and writes
+    over the second operand. out: the keyword that names what is written, for operators whose form in place is the one with a
+    given result; it is the first operand itself.
     """
 
     target: Any

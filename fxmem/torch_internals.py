@@ -353,6 +353,11 @@ def storage_key(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
+def is_view_operator(operator: OpOverload) -> bool:
+    """Whether an operator always shows bytes of its operand."""
+    return operator.is_view or operator is torch.ops.aten._unsafe_view.default
+
+
 def owners(tensor: torch.Tensor) -> tuple[int, int]:
     """How many hold a tensor, and its storage, at this moment, the caller and the dispatcher among them."""
     return tensor._use_count(), torch._C._storage_Use_Count(storage_key(tensor))

@@ -161,11 +161,11 @@ def test_a_bit_saves_what_nobody_else_keeps():
         for c in (3, 16, 16, 16)
     )
     module, x = nn.Sequential(*blocks), torch.randn(8, 3, 32, 32)
-    names = ("-relu_pooled",)
-    planned = assert_drop_in(module, (x,), budget="min", implementations=names)
+    left = ("-relu_pooled",)
+    planned = assert_drop_in(module, (x,), budget="min", implementations=left)
     options = {"time_limit_s": 10.0, "cost": "P100"}
     without = transform(module, (x,), budget="min", implementations=(), **options).plan
-    plan = transform(module, (x,), budget=without.predicted_peak_bytes, implementations=names, **options).plan
+    plan = transform(module, (x,), budget=without.predicted_peak_bytes, implementations=left, **options).plan
     assert planned.plan.predicted_peak_bytes <= without.predicted_peak_bytes
     assert plan.predicted_overhead < without.predicted_overhead
     names = [plan.problem.operators[p].name for p in plan.solution.schedule.steps if p >= plan.problem.num_program]

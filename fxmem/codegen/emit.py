@@ -126,8 +126,7 @@ class _Emitter:
         if again:
             made.meta |= {"fxmem_recomputes": stood_for.name, "fxmem_avoided_bytes": self._used_bytes(step, index)}
         if target is not node.target and self.timeline.inplace[step]:
-            written = target is getattr(INPLACE_FORMS.get(node.target), "second", None)
-            made.meta["fxmem_inplace_over"] = arguments[written].name
+            made.meta["fxmem_inplace_over"] = arguments[0].name
         self.current[stood_for] = made
         self._items(step, stood_for)
 
@@ -139,11 +138,10 @@ class _Emitter:
             # Statistics move once: the repeat neither reads nor makes the running ones.
             return aten._native_batch_norm_legit.no_stats, (*arguments[:3], *arguments[5:]), keywords
         if pair:
-            form, first = INPLACE_FORMS[node.target], pair[0] in node.args[0].meta["fxmem_storages"]
-            if form.second and not first:
-                return form.second, arguments, keywords
-            arguments = arguments if first else (arguments[1], arguments[0])
-            return form.target, arguments, keywords | ({form.out: arguments[0]} if form.out else {})
+            form, target = INPLACE_FORMS[node.target], INPLACE_FORMS[node.target].target
+            if pair[0] not in node.args[0].meta["fxmem_storages"]:
+                target, arguments = form.second or target, (arguments[1], arguments[0], *arguments[2:])
+            return target, arguments, keywords | ({form.out: arguments[0]} if form.out else {})
         return node.target, arguments, keywords
 
     def _used_bytes(self, step: int, index: int) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from ..errors import CostError
-from ..torch_internals import OpOverload, pytree, storage_key
+from ..torch_internals import OpOverload, is_view_operator, pytree, storage_key
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class OpCall:
     def is_alias(self) -> bool:
         """True for what moves no data: views, and picking one of several results."""
         if isinstance(self.target, OpOverload):
-            if self.target.is_view or self.packet is torch.ops.aten._unsafe_view:
+            if is_view_operator(self.target):
                 return True
             return not self.target._schema.is_mutable and bool(self.outputs) and self.new_output_bytes == 0 and not self._empty
         return getattr(self.target, "__name__", "") == "getitem"

@@ -70,45 +70,46 @@ def _fill(made: torch.Tensor, *args) -> tuple[torch.Tensor | None, ...]:
 
 
 def _parts(call: OpCall) -> list[OpCall]:
-    """What runs inside, one after the other."""
-    found = []
-    for begin, end in _slices(call.args[1]):
-        args = _of_channels(begin, end, *call.args)
-        made = torch.empty_like(args[1])
-        copies = [OpCall(aten.clone.default, (t,), out=t, on_gpu=call.on_gpu) for t in (*args[:2], made)]
-        out = (made, *_parameter_gradients(*args))
-        found += [*copies, OpCall(BACKWARD, args, out=out, on_gpu=call.on_gpu)]
-    return found
+    """What runs inside. All slices but the last are as large as the first."""
+    slices = _slices(call.args[1])
+    first, last = (_parts_of(call, *channels) for channels in (slices[0], slices[-1]))
+    return first * (len(slices) - 1) + last
+
+
+def _parts_of(call: OpCall, begin: int, end: int) -> list[OpCall]:
+    """The backward of some channels, and the copies of operands and result."""
+    args = _of_channels(begin, end, *call.args)
+    made = torch.empty_like(args[1])
+    copies = [OpCall(aten.clone.default, (t,), out=t, on_gpu=call.on_gpu) for t in (*args[:2], made)]
+    return [OpCall(BACKWARD, args, out=(made, *_parameter_gradients(*args)), on_gpu=call.on_gpu), *copies]
 
 
 def _workspace(call: OpCall) -> int:
     """Copies of the first channels, which are the most, what is made of them, and the kernel's own."""
-    args = _of_channels(*_slices(call.args[1])[0], *call.args)
-    copied_bytes = sum(t.nbytes for t in args[:2]) if len(args[1]) > 1 else 0  # of one image they lie together
-    out = (torch.empty_like(args[1]), *_parameter_gradients(*args))
-    inside = OpCall(BACKWARD, args, out=out, on_gpu=call.on_gpu)
+    inside = _parts_of(call, *_slices(call.args[1])[0])[0]
+    copied_bytes = sum(t.nbytes for t in inside.args[:2]) if len(inside.args[1]) > 1 else 0  # of one image they lie together
     return copied_bytes + inside.new_output_bytes + workspace_bytes(inside)
 
 
-SCHEMA = (
-    "Tensor x, Tensor? weight, Tensor? mean, Tensor? variance, Tensor? save_mean, Tensor? save_rstd, bool training, float eps, "
-    "bool[3] mask"
+_REST = (
+    "Tensor? weight, Tensor? mean, Tensor? variance, Tensor? save_mean, Tensor? save_rstd, bool training, "
+    "float eps, bool[3] mask"
 )
 in_slices = define(
-    f"batch_norm_backward_in_slices(Tensor gradient, {SCHEMA}) -> (Tensor, Tensor, Tensor)",
+    f"batch_norm_backward_in_slices(Tensor gradient, Tensor x, {_REST}) -> (Tensor, Tensor, Tensor)",
     lambda gradient, x, *rest: _fill(torch.empty_like(x), gradient, x, *rest),
     lambda gradient, x, *rest: (torch.empty_like(x), *_parameter_gradients(gradient, x, *rest)),
     _workspace,
 )
 define_inplace(
     in_slices,
-    f"batch_norm_backward_in_slices_(Tensor(a!) gradient, {SCHEMA}) -> (Tensor(a!), Tensor, Tensor)",
+    f"batch_norm_backward_in_slices_(Tensor(a!) gradient, Tensor x, {_REST}) -> (Tensor(a!), Tensor, Tensor)",
     lambda gradient, x, *rest: _fill(gradient, gradient, x, *rest),
 )
 define_inplace(
     in_slices,
-    f"batch_norm_backward_over_input_(Tensor gradient, {SCHEMA.replace(' x', '(a!) x', 1)}) -> (Tensor(a!), Tensor, Tensor)",
-    lambda gradient, x, *rest: _fill(x, gradient, x, *rest),
+    f"batch_norm_backward_over_input_(Tensor(a!) x, Tensor gradient, {_REST}) -> (Tensor(a!), Tensor, Tensor)",
+    lambda x, gradient, *rest: _fill(x, gradient, x, *rest),
     second=True,
 )
 PARTS[in_slices.overloadpacket] = _parts

@@ -40,8 +40,8 @@ def define(
 
 
 def define_inplace(operator: Any, schema: str, kernel: Callable, second: bool = False) -> None:
-    """The form in place of an operator that `define` made: it writes over the first operand, or over the second one, where the
-    other form has been defined."""
+    """The form in place of an operator that `define` made: it writes over the first operand. second: the one that takes the
+    first two in the other order, after the former has been defined."""
     name = schema.partition("(")[0]
     _library.define(schema)
     _library.impl(name, kernel, "CompositeExplicitAutograd")

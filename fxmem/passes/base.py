@@ -15,6 +15,7 @@ from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from ..fake_kernels import fake_mode_of
+from ..torch_internals import pytree
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +43,11 @@ def fake_result(target: Any, args: Any, kwargs: Any) -> Any:
     values, named = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
     with torch.no_grad(), fake_mode_of((values, named), allow_real=True):
         return target(*values, **named)
+
+
+def layouts(value: Any) -> list:
+    """Shape, strides and type of each tensor, None for results that are not made."""
+    return [leaf if leaf is None else (leaf.shape, leaf.stride(), leaf.dtype) for leaf in pytree.tree_leaves(value)]
 
 
 def made_like(node: fx.Node, target: Any, args: tuple, kwargs: dict[str, Any] | None = None) -> fx.Node:

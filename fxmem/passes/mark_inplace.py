@@ -10,7 +10,7 @@ from torch import fx
 from ..graph_meta import require
 from ..inplace import INPLACE_FORMS
 from ..torch_internals import pytree
-from .base import Pass
+from .base import Pass, layouts
 
 
 class MarkInplace(Pass):
@@ -35,8 +35,7 @@ def _positions(node: fx.Node) -> tuple[int, ...]:
 def _may_hold(operand: fx.Node, node: fx.Node) -> bool:
     """Whether the result may be written over the operand."""
     value, result = operand.meta["val"], pytree.tree_leaves(node.meta["val"])[0]
-    same = value.shape == result.shape and value.stride() == result.stride() and value.dtype == result.dtype
     whole = value.untyped_storage().nbytes() == result.untyped_storage().nbytes()
     others = [n for n in node.all_input_nodes if n is not operand]
     aliased = any(set(operand.meta["fxmem_storages"]) & set(n.meta["fxmem_storages"]) for n in others)
-    return same and whole and not aliased and sum(a is operand for a in node.args) == 1
+    return layouts(value) == layouts(result) and whole and not aliased and sum(a is operand for a in node.args) == 1

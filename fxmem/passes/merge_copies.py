@@ -6,7 +6,7 @@ import torch
 from torch import fx
 
 from ..graph_meta import makes_view, readers
-from .base import Pass
+from .base import Pass, layouts
 
 aten = torch.ops.aten
 
@@ -31,8 +31,7 @@ def _original(node: fx.Node) -> fx.Node | None:
     if not is_copy:
         return None
     (original,) = node.all_input_nodes
-    made, value = node.meta["val"], original.meta["val"]
-    alike = (made.shape, made.stride(), made.dtype) == (value.shape, value.stride(), value.dtype)
+    alike = layouts(node.meta["val"]) == layouts(original.meta["val"])
     return original if alike and not _is_visible(node) and not _is_visible(original) else None
 
 

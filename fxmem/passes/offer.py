@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import operator
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import fx
@@ -14,7 +13,7 @@ from ..errors import ImplementationError
 from ..graph_meta import StorageInfo, is_backward, require, rounded, source_of
 from ..implementations import CODE, Call, Choice, Implementation, choose_implementations
 from ..torch_internals import pytree
-from .base import Pass, fake_result
+from .base import Pass, fake_result, layouts
 
 
 class OfferImplementations(Pass):
@@ -121,7 +120,7 @@ class _Offers:
     def _stand_in(self, call: Call, node: fx.Node, code: fx.Node | None, what: str, implementation: Implementation) -> None:
         after = code if what == "variant" and code is not None else max((node, *_nodes(call)), key=self._place)
         made = self._call(call, code, node, after, f"{node.name}_{implementation.name}")
-        if _layouts(made.meta["val"]) != _layouts(node.meta["val"]):
+        if layouts(made.meta["val"]) != layouts(node.meta["val"]):
             self.graph.erase_node(made)
             return
         made.meta |= {"fxmem_offers": what, "fxmem_stands_for": node, "fxmem_storages": node.meta["fxmem_storages"]}
@@ -136,11 +135,6 @@ class _Offers:
         value = fake_result(call.target, args, kwargs)
         node.meta = {k: v for k, v in _maker(beside).meta.items() if k not in ("val", "fxmem_writes")} | {"val": value}
         return node
-
-
-def _layouts(value: Any) -> list:
-    """Shape, strides and type of each result, None for those that are not made."""
-    return [leaf if leaf is None else (leaf.shape, leaf.stride(), leaf.dtype) for leaf in pytree.tree_leaves(value)]
 
 
 def _nodes(call: Call) -> list[fx.Node]:

@@ -147,12 +147,14 @@ def better(incumbents: list[Incumbent]) -> Incumbent:
 
 
 class _Search:
-    """What the parts of one search share. fresh: a run from the advice, as it is where that is sensible."""
+    """What the parts of one search share. first: the best starting states. fresh: a run from the advice, as it is where that is
+    sensible."""
 
     def __init__(self, task: Task, compiled: Compiled, budget_bytes: int, pool: Pool, log: list[str]):
         self.task, self.compiled, self.budget_bytes, self.pool, self.log = task, compiled, budget_bytes, pool, log
         self.unit_s = task.problem.plain_time_s or 1.0
         self.advised = advised_states(task, compiled, budget_bytes)
+        self.first = first_states(task, compiled, budget_bytes)
         self.fresh = Run(task.problem, budget_bytes, self.advised[-1].desired, effort(compiled), 0)
 
     def run(self, thorough: bool, more_starts: MoreStarts | None) -> Incumbent:
@@ -167,8 +169,8 @@ class _Search:
             best = better([best, self._round(runs)])
         if best.desired is None and thorough and not best.interrupted:
             deadline = math.inf if self.task.overtime else self.task.deadline
-            first = first_states(self.task, self.compiled, self.budget_bytes)  # from which it goes lower than from packed ones
-            best = better([squeeze(self.task, self.compiled, self.budget_bytes, first, self.pool, deadline), best])
+            # from the starting states it goes lower than from packed ones
+            best = better([squeeze(self.task, self.compiled, self.budget_bytes, self.first, self.pool, deadline), best])
             if best.desired is not None and not best.stopped:
                 best = better([best, *self._packed([best.desired])])
         if best.desired is None:
@@ -187,7 +189,7 @@ class _Search:
     def _advice_packed(self) -> Incumbent:
         """The best of the advice packed, and of the best starting state, packed too where the advice is not much better: beside
         it where that alone fits; on large graphs, where packing two takes all the time, in the place of the second advice."""
-        first = first_states(self.task, self.compiled, self.budget_bytes)
+        first = self.first
         states, start = [advice.desired for advice in self.advised], first.desired or first.smallest
         if len(start) > MOST_FOR_FRESH and first.desired and first.time_s <= self.advised[0].time_s * NOT_FAR:
             states[1:] = [start]
