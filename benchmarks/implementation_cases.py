@@ -80,6 +80,21 @@ class Residual(nn.Module):
         return torch.relu(self.two(x.clamp(-3, 3)) + torch.relu(self.one(x)))
 
 
+class Dense(nn.Module):
+    """Layers that read all that is before them, and activations that are joined."""
+
+    def __init__(self, channels: int, layers: int = 3):
+        super().__init__()
+        self.norms = nn.ModuleList(nn.BatchNorm2d(channels * (n + 1)) for n in range(layers))
+        self.layers = nn.ModuleList(nn.Conv2d(channels * (n + 1), channels, 3, padding=1) for n in range(layers))
+
+    def forward(self, x):
+        found = [torch.relu(x)]
+        for norm, layer, act in zip(self.norms, self.layers, (torch.sigmoid, torch.tanh, torch.relu), strict=True):
+            found.append(act(layer(norm(torch.cat(found, 1)))))
+        return torch.cat([*found, x], 1)
+
+
 CASES: dict[str, Callable[[], nn.Module]] = {
     "layer_norm_output": lambda: Between(nn.Tanh(), RowNorm(), nn.SiLU()),
     "group_norm_output": lambda: Between(nn.Tanh(), nn.GroupNorm(2, 4, affine=False), nn.SiLU()),
@@ -88,6 +103,8 @@ CASES: dict[str, Callable[[], nn.Module]] = {
     "rms_norm_output": lambda: Between(nn.Flatten(2), RowNorm(nn.functional.rms_norm), nn.Tanh(), RMSNorm(4), nn.SiLU()),
     "chain": lambda: Between(Residual(8), channels=8),
     "chain_accurate": lambda: Between(nn.GroupNorm(4, 8), nn.SiLU(), nn.Tanh(), RowNorm(), nn.SiLU(), nn.Tanh(), channels=8),
+    "cat_activation": lambda: Between(Dense(4), nn.Conv2d(20, 4, 1)),
+    "cat_parts": lambda: Between(Dense(4), nn.Conv2d(20, 4, 1)),
     "chunked_cross_entropy": lambda: Between(CrossEntropy()),
     "batch_norm_statistics": lambda: Between(
         nn.Tanh(), nn.BatchNorm2d(4), nn.SiLU(), nn.BatchNorm2d(4, affine=False), nn.SiLU()

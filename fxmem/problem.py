@@ -180,13 +180,15 @@ def without_implementations(problem: Problem) -> tuple[Problem, tuple[int, ...]]
 
 
 def without_recompute(problem: Problem) -> Problem:
-    """The same step where no forward operator runs twice: variants may run that read nothing but what encoders have kept."""
-    codes = {s for p in problem.encoders for s in problem.operators[p].outputs}
+    """The same step where no forward operator runs twice: variants may run that read nothing but what was made of their result,
+    what encoders have kept or what later operators have joined."""
 
-    def decodes(variant: int) -> bool:
-        return codes.issuperset(s for s in problem.operators[variant].inputs if problem.producers[s])
+    def takes_apart(variant: int) -> bool:
+        operator, first = problem.operators[variant], [makers[:1] for makers in problem.producers]
+        made = max(first[s] for s in operator.outputs)
+        return all(made < first[s] for s in operator.inputs if first[s])
 
-    once = {*problem.forward, *(p for p in problem.variants if not decodes(p))}
+    once = {*problem.forward, *(p for p in problem.variants if not takes_apart(p))}
     operators = (replace(o, recomputable=False) if p in once else o for p, o in enumerate(problem.operators))
     return replace(problem, operators=tuple(operators))
 

@@ -1,0 +1,151 @@
+"""What a concatenation joins lies in its result a second time, and a backward that keeps the result can find it there.
+
+An activation before a concatenation (in Inception's blocks, SqueezeNet's, or a U-Net's skips) has a gradient that asks for its
+output alone: that is read where it lies in the whole. Whoever else needs a joined tensor, or one that was joined of some of the
+same (in DenseNet's blocks), gets a copy of it, which to the solver is one more way to make it again: from what holds it later.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..cost.base import OpCall
+from ..cost.roofline import PARTS
+from ..cost.workspace import workspace_bytes
+from ..graph_meta import is_backward, makes_view
+from .base import Call, Choice, register_implementation
+from .operators import define, define_inplace, in_usual_format
+
+aten = torch.ops.aten
+CAT = aten.cat.default
+LEAST_BYTES = 1 << 21  # of the whole: every choice more makes plans take longer
+FROM_OUTPUT = {  # gradients that read the output, and what their operators are given beside it
+    aten.threshold_backward.default: ", Scalar threshold",
+    aten.sigmoid_backward.default: "",
+    aten.tanh_backward.default: "",
+}
+
+
+@register_implementation("cat_parts", CAT, forward=True, least_bytes=LEAST_BYTES)
+def cat_parts(node: fx.Node) -> list[Choice]:
+    """What a concatenation joins, where something else keeps the whole: it is copied out of it."""
+    found = []
+    for joined in dict.fromkeys((node, *node.args[0])):
+        whole = _whole(joined)
+        if whole is not None and any(user.target is not CAT for user in joined.users):
+            value = joined.meta["val"]
+            call = Call(part, (whole, _dim(whole), _place(joined, whole), list(value.shape), list(value.stride())))
+            found.append(Choice(decode=call, decoded=joined))
+    return found
+
+
+@register_implementation("cat_activation", *FROM_OUTPUT)
+def cat_activation(node: fx.Node) -> Choice | None:
+    """The concatenation that the output is a part of, where something else keeps it: it is read there."""
+    gradient, result, *rest = node.args
+    whole = _whole(result)
+    if whole is None:
+        return None
+    at = _dim(whole), _place(result, whole), list(node.meta["val"].stride())
+    return Choice(backward=Call(_backward_of_part[node.target], (gradient, whole, *at, *rest)))
+
+
+def _dim(cat: fx.Node) -> int:
+    dim = cat.args[1] if len(cat.args) > 1 else cat.kwargs.get("dim", 0)
+    return dim % cat.meta["val"].dim()
+
+
+def _whole(joined: fx.Node) -> fx.Node | None:
+    """The first concatenation that holds a tensor, or all that it is joined of; the tensor has its bytes to itself."""
+    value = joined.meta["val"]
+    maker = joined.args[0] if joined.target is operator.getitem else joined
+    if joined.op != "call_function" or is_backward(joined) or makes_view(maker):
+        return None
+    if not in_usual_format(value) or value.untyped_storage().nbytes() != value.nbytes or not value.numel():
+        return None
+    return min((c for c in _cats(joined) if c is not joined and _place(joined, c) is not None), default=None)
+
+
+def _cats(joined: fx.Node) -> Iterator[fx.Node]:
+    """Concatenations of a tensor, or of the first that it is joined of, and of these."""
+    pending, known = [joined, _joined(joined)[0]], set()
+    while pending:
+        found = [u for u in pending.pop().users if u.target is CAT and not is_backward(u) and u not in known]
+        known.update(found)
+        pending += found
+        yield from found
+
+
+def _joined(value: fx.Node, dim: int | None = None) -> tuple[fx.Node, ...]:
+    """What a concatenation, along dim if that is given, joins, through concatenations along the same; else the tensor alone."""
+    if value.target is not CAT or dim not in (None, _dim(value)):
+        return (value,)
+    return tuple(inner for operand in value.args[0] for inner in _joined(operand, _dim(value)))
+
+
+def _place(joined: fx.Node, cat: fx.Node) -> int | None:
+    """Where a tensor begins in a concatenation; None where it does not lie in one piece there, or not as it is."""
+    value, whole, dim = joined.meta["val"], cat.meta["val"], _dim(cat)
+    inner, outer = _joined(joined, dim), _joined(cat)
+    shapes = [n.meta["val"].shape for n in outer]
+    if value.dtype != whole.dtype or any(len(shape) != whole.dim() for shape in shapes):  # the empty may have another one
+        return None
+    places = (i for i, n in enumerate(outer) if n is inner[0] and outer[i : i + len(inner)] == inner)
+    first = next(places, None)
+    return None if first is None else sum(shape[dim] for shape in shapes[:first])
+
+
+def _part(whole: torch.Tensor, dim: int, begin: int, size: list[int], stride: list[int]) -> torch.Tensor:
+    made = torch.empty_strided(size, stride, dtype=whole.dtype, device=whole.device)
+    return made.copy_(whole.narrow(dim, begin, size[dim]))
+
+
+def _copy(call: OpCall) -> list[OpCall]:
+    whole, dim, begin, size, _ = call.args
+    return [OpCall(aten.clone.default, (whole.narrow(dim, begin, size[dim]),), out=call.out, on_gpu=call.on_gpu)]
+
+
+part = define(
+    "part(Tensor whole, int dim, int begin, int[] size, int[] stride) -> Tensor",
+    _part,
+    lambda whole, dim, begin, size, stride: torch.empty_strided(size, stride, dtype=whole.dtype, device=whole.device),
+    lambda call: 0,
+)
+PARTS[part.overloadpacket] = _copy
+
+
+def _define_backward(plain: Any, schema: str) -> Any:
+    """An operator's form that is given a concatenation, and where in it the output lies."""
+
+    def fill(made, gradient, whole, dim, begin, stride, *rest):
+        result = whole.narrow(dim, begin, gradient.shape[dim])
+        return plain.overloadpacket.grad_input(gradient, result, *rest, grad_input=made)
+
+    def empty(gradient, whole, dim, begin, stride, *_):
+        return torch.empty_strided(gradient.shape, stride, dtype=gradient.dtype, device=gradient.device)
+
+    def plain_call(call: OpCall) -> list[OpCall]:
+        gradient, whole, dim, begin, _, *rest = call.args
+        result = whole.narrow(dim, begin, gradient.shape[dim])
+        return [OpCall(plain, (gradient, result, *rest), out=call.out, on_gpu=call.on_gpu)]
+
+    name, given = f"{plain.overloadpacket.__name__}_of_part", f"Tensor whole, int dim, int begin, int[] stride{schema}"
+    made = define(
+        f"{name}(Tensor gradient, {given}) -> Tensor",
+        lambda *args: fill(empty(*args), *args),
+        empty,
+        lambda call: workspace_bytes(plain_call(call)[0]),
+    )
+    define_inplace(
+        made, f"{name}_(Tensor(a!) gradient, {given}) -> Tensor(a!)", lambda gradient, *args: fill(gradient, gradient, *args)
+    )
+    PARTS[made.overloadpacket] = plain_call
+    return made
+
+
+_backward_of_part = {plain: _define_backward(plain, schema) for plain, schema in FROM_OUTPUT.items()}
