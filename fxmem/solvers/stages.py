@@ -117,7 +117,8 @@ class Compiled:
 
     storages[k]: the storage that bit k stands for, in the order in which the forward makes them; sizes[k]: its bytes.
     always: bits that are kept until their last use: too small to matter, or impossible to make again. optional: impossible to
-    make again, but every stage has an option that does not read them: a wish not to carry them is one for these options.
+    make again, but every stage has an option that does not read them, or only where something else is alive: a wish not to
+    carry them is one for these options, or for that.
     makers[k]: operators that can make bit k again, the quickest first. late_inputs[p]: inputs of variant p that the forward
     makes later than its outputs: it is used only where they are alive.
     forward[m]: the operator at moment m of the forward; encoders follow what they encode, and only run where it is carried.
@@ -183,13 +184,13 @@ def compile_problem(problem: Problem, *, merged: bool = True) -> Compiled:
     late = {p: _late_inputs(problem, p, bit) for p in again}
     by_time = (sorted((recomputes[p].time_s, p) for p in problem.producers[s] if p in recomputes) for s in storages)
     makers = tuple(tuple(p for _, p in timed) for timed in by_time)
-    stages, small = _stages(problem, bit, merged), _small(problem, sizes)
-    optional = _optional(makers, stages) & ~small
+    stages, small, unsure = _stages(problem, bit, merged), _small(problem, sizes), _unsure(makers, late)
+    optional = _optional(makers, stages, unsure) & ~small
     return Compiled(
         problem=problem,
         storages=storages,
         sizes=sizes,
-        always=(_impossible(makers, late) | small) & ~optional,
+        always=(unsure | small) & ~optional,
         optional=optional,
         stages=stages,
         recomputes=recomputes,
@@ -265,15 +266,16 @@ def _late_inputs(problem: Problem, index: int, bit: dict[int, int]) -> int:
     return _bits(tuple(s for s in operator.inputs if s in bit and problem.producers[s][0] > first), bit)
 
 
-def _impossible(makers: tuple[tuple[int, ...], ...], late: dict[int, int]) -> int:
+def _unsure(makers: tuple[tuple[int, ...], ...], late: dict[int, int]) -> int:
     """Storages that no operator can be sure to make again."""
     return sum(1 << k for k, options in enumerate(makers) if all(late[p] for p in options))
 
 
-def _optional(makers: tuple[tuple[int, ...], ...], stages: tuple[Stage, ...]) -> int:
-    """Storages that nothing makes again, and that no stage has to read."""
-    found = sum(1 << k for k, options in enumerate(makers) if not options)
-    return found & ~reduce(or_, (stage.common_needs for stage in stages)) & reduce(or_, (stage.any_needs for stage in stages))
+def _optional(makers: tuple[tuple[int, ...], ...], stages: tuple[Stage, ...], unsure: int) -> int:
+    """Of these, those that something may make again, or that no stage has to read."""
+    some_time = sum(1 << k for k, options in enumerate(makers) if options)
+    avoidable = ~reduce(or_, (stage.common_needs for stage in stages)) & reduce(or_, (stage.any_needs for stage in stages))
+    return unsure & (some_time | avoidable)
 
 
 def _small(problem: Problem, sizes: tuple[int, ...]) -> int:

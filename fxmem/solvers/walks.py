@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import reduce
+from operator import or_
 from typing import NamedTuple
 
 from .stages import Compiled, Option, members
@@ -36,6 +38,10 @@ class Walks:
     def __init__(self, compiled: Compiled):
         self.compiled = compiled
         self._needs = [stage.any_needs for stage in compiled.stages]
+        optional = members(compiled.optional)
+        self._conditions = {
+            1 << k: [compiled.late_inputs[p] for p in compiled.makers[k]] for k in optional if compiled.makers[k]
+        }
         self._encoding_s = {bit: e.time_s for e in compiled.encoders.values() for bit in (1 << k for k in members(e.outputs))}
         self._known: list[dict[int, list[tuple[int, int, Walk]]]] = [{} for _ in compiled.stages]
 
@@ -56,10 +62,10 @@ class Walks:
 
     def _cheapest(self, t: int, alive: int) -> Walk:
         """By the stage's cheapest option, the first of equals; what it finds encoded counts with what that took. One that reads
-        what nothing makes again, and nobody wants to carry, comes last: that is carried all the same, if it must be. Where
+        what nothing makes again now, and nobody wants to carry, comes last: that is carried all the same, if it must be. Where
         thrift is wished for and there is a thrifty option, by that one."""
         stage, looked, best, least = self.compiled.stages[t], 0, None, (True, math.inf)
-        unwanted = self.compiled.optional & ~alive
+        unwanted = self._unwanted(alive)
         ends = stage.quickest
         if stage.thrifty is not None:
             looked = self.compiled.thrift
@@ -73,7 +79,18 @@ class Walks:
             reluctant = bool(option.needs & unwanted)
             if best is None or (reluctant, paid_s + 1e-12) < least:
                 best, least = walk, (reluctant, paid_s)
+        for bit, conditions in self._conditions.items():
+            if looked & bit:
+                looked |= reduce(or_, conditions)
         return best._replace(touched=looked)
+
+    def _unwanted(self, alive: int) -> int:
+        """Storages that nobody wants to carry and that nothing can be sure to make again, but for those that something can."""
+        found = self.compiled.optional & ~alive
+        for bit, conditions in self._conditions.items():
+            if found & bit and any(not late & ~alive for late in conditions):
+                found ^= bit
+        return found
 
     def _by(self, option: Option, end: int, have: int) -> Walk:
         """Post-order over what the option reads and is missing."""
