@@ -83,10 +83,10 @@ class Residual(nn.Module):
 class Dense(nn.Module):
     """Layers that read all that is before them, and activations that are joined."""
 
-    def __init__(self, channels: int, layers: int = 3):
+    def __init__(self, channels: int):
         super().__init__()
-        self.norms = nn.ModuleList(nn.BatchNorm2d(channels * (n + 1)) for n in range(layers))
-        self.layers = nn.ModuleList(nn.Conv2d(channels * (n + 1), channels, 3, padding=1) for n in range(layers))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(channels * n) for n in (1, 2, 3))
+        self.layers = nn.ModuleList(nn.Conv2d(channels * n, channels, 3, padding=1) for n in (1, 2, 3))
 
     def forward(self, x):
         found = [torch.relu(x)]

@@ -8,6 +8,8 @@ what was said to wait behind what it waits for, computes the same. `candidates` 
   scheduling as for registers, Sethi and Ullman 1970; Steiner et al. 2023, OLLA, solve the same question as a program);
 - *early gradients*: what makes nothing but results of the step, gradients of parameters above all, runs as soon as it can, so
   that the activation that it reads dies there; everything else as in the trace;
+- *late gradients*: the same, but results that are larger than all that is read for them wait for the end of the step, as the
+  gradients of weights do that outweigh their layers' activations;
 - on small graphs the order of the least plain peak, by a complete search.
 """
 
@@ -16,6 +18,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
 from .errors import ProblemError
 from .problem import Problem
@@ -63,10 +66,33 @@ def largest_decrease_first(problem: Problem, waits: Waits = ()) -> Order:
 
 def early_gradients(problem: Problem, waits: Waits = ()) -> Order:
     """Results of the step as soon as they can be made, everything else as in the trace."""
-    early = {
-        p for p in problem.backward if problem.operators[p].outputs and problem.outputs.issuperset(problem.operators[p].outputs)
-    }
+    early = _makers_of_results(problem)
     return _by_key(problem, waits, lambda phase, p, done: p not in early)
+
+
+def late_gradients(problem: Problem, waits: Waits = ()) -> Order:
+    """Results of the step as soon as they can be made, but for those larger than what has to wait with them: these at the end,
+    what frees most first. Everything else as in the trace."""
+    results, waits = _makers_of_results(problem), tuple(waits)
+    backward = _Phase(problem, problem.backward, waits)
+
+    def grows(p: int) -> bool:
+        operator = problem.operators[p]
+        held_bytes = sum(backward.sizes[s] for s in operator.inputs if s in backward.mortal)
+        return sum(backward.sizes[s] for s in operator.outputs) > held_bytes
+
+    late = {p for p in results if grows(p)}
+
+    def key(phase: _Phase, p: int, done: int) -> tuple[int, int]:
+        return (2, phase.change_bytes(p, done)) if p in late else (p not in results, 0)
+
+    return _by_key(problem, waits, key)
+
+
+def _makers_of_results(problem: Problem) -> set[int]:
+    """The backward's operators that make nothing but results of the step."""
+    made = ((p, problem.operators[p].outputs) for p in problem.backward)
+    return {p for p, outputs in made if outputs and problem.outputs.issuperset(outputs)}
 
 
 def least_peak_order(problem: Problem, waits: Waits = (), most_states: int = MOST_STATES) -> Order | None:
@@ -87,6 +113,7 @@ def candidates(problem: Problem, waits: Waits = ()) -> dict[str, Order]:
         "trace": trace_order(problem),
         "largest decrease first": largest_decrease_first(problem, waits),
         "early gradients": early_gradients(problem, waits),
+        "late gradients": late_gradients(problem, waits),
         "complete search": least_peak_order(problem, waits),
     }
     kept: dict[str, Order] = {}
@@ -96,7 +123,7 @@ def candidates(problem: Problem, waits: Waits = ()) -> dict[str, Order]:
     return kept
 
 
-def _by_key(problem: Problem, waits: Waits, key: Callable[[_Phase, int, int], int]) -> Order:
+def _by_key(problem: Problem, waits: Waits, key: Callable[[_Phase, int, int], Any]) -> Order:
     """List scheduling: of the operators that can run, the one with the least key, then the trace's first.
 
     A key may depend on what is done only by what dies in the operator.

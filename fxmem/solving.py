@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections import Counter
@@ -70,10 +71,10 @@ def choose_program(
     """The best of several ways to write one step: which of `problems`, the plain one first, and the Solution of it.
 
     Each is solved, so that the answer is never worse than that of the plain one alone; but where nothing is to be recomputed,
-    or that costs less than another way of writing, the plain one is taken at once, and another order of the same operators is
-    solved only where its relaxation promises something. For the least peak, the one that can be the lowest comes first, and
-    others only where they can be as low as it became. They share the time: what one leaves is the next ones'. Extra times are
-    over the plain one's step. starts: schedules to begin from, by problem.
+    or that costs less than another way of writing, the plain one is taken at once, and of several orders of the same operators
+    only those are solved whose least peaks or relaxations promise something beside the others'. For the least peak, the one
+    that can be the lowest comes first, and others only where they can be as low as it became. They share the time: what one
+    leaves is the next ones'. Extra times are over the plain one's step. starts: schedules to begin from, by problem.
 
     Raises InfeasibleBudgetError where none of them fits.
     """
@@ -144,11 +145,14 @@ def _is_settled(budget: Budget, plain: Solution, slower: float) -> bool:
 
 
 def _worth_solving(problems: Sequence[Problem], budget_bytes: int | None) -> list[int]:
-    """All, but for other orders of the same operators that promise nothing."""
-    found, operators = [], [_operators(problem) for problem in problems]
-    for number, problem in enumerate(problems):
-        same = [problems[n] for n in found if operators[n] == operators[number]]
-        if all(_promises(problem, other, budget_bytes) for other in same):
+    """All, but for orders of the same operators that promise nothing beside another one."""
+    found: list[int] = []
+    operators = [_operators(problem) for problem in problems]
+    promised = functools.cache(lambda number: _promised(problems[number], budget_bytes))
+    for number in range(len(problems)):
+        same = [n for n in found if operators[n] == operators[number]]
+        if all(_is_better(promised(number), promised(n)) for n in same):
+            found = [n for n in found if n not in same or _is_better(promised(n), promised(number)) is not False]
             found.append(number)
     return found
 
@@ -158,20 +162,25 @@ def _operators(problem: Problem) -> Counter:
     return Counter((o.name, o.inputs, o.outputs, o.time_s) for o in problem.operators)
 
 
-def _promises(problem: Problem, other: Problem, budget_bytes: int | None) -> bool:
-    """Whether one order of a step may be enough better than another one to be worth solving for: that its least possible
-    peak is lower, or, by the linear relaxation, its extra time within a budget."""
-    compiled = compile_problem(problem), compile_problem(other)
-    low, high = (least_possible_bytes(c.problem, c) for c in compiled)
-    if low < high * (1 - WORTH_AN_ORDER):
+def _promised(problem: Problem, budget_bytes: int | None) -> tuple[float, float | None]:
+    """The least possible peak of an order, and, by the linear relaxation, the least extra time within a budget (None where that
+    takes long); without one, the plain peak. Where everything fits, an order has nothing more to promise."""
+    compiled, plain_bytes = compile_problem(problem), simulate(problem, plain_schedule(problem)).peak_bytes
+    floor_bytes = least_possible_bytes(problem, compiled)
+    if budget_bytes is None:
+        return floor_bytes, plain_bytes
+    if plain_bytes <= budget_bytes:
+        return budget_bytes, 0.0
+    relaxation = Relaxation(compiled, budget_bytes)
+    return floor_bytes, None if relaxation.takes_long else relaxation.solve(math.inf).bound
+
+
+def _is_better(promised: tuple, of_other: tuple) -> bool | None:
+    """Whether one order of a step may be enough better than another one to be worth solving for; None where nobody knows."""
+    pairs = [pair for pair in zip(promised, of_other, strict=True) if None not in pair]
+    if any(low < high * (1 - WORTH_AN_ORDER) for low, high in pairs):
         return True
-    if budget_bytes is None or simulate(other, plain_schedule(other)).peak_bytes <= budget_bytes:
-        return False
-    relaxations = [Relaxation(c, budget_bytes) for c in compiled]
-    if relaxations[0].takes_long:
-        return False
-    bound_s, bound_of_other_s = (relaxation.solve(math.inf).bound for relaxation in relaxations)
-    return bound_s < bound_of_other_s * (1 - WORTH_AN_ORDER)
+    return False if len(pairs) == len(promised) else None
 
 
 def _over_plain(solution: Solution, slower: float) -> Solution:

@@ -14,7 +14,7 @@ from helpers.steps import assert_drop_in, assert_same_steps, transform
 from torch import fx, nn
 
 import fxmem
-from benchmarks.implementation_cases import CASES, Between, images
+from benchmarks.implementation_cases import CASES, Between, Dense, images
 from fxmem import checking
 from fxmem.checking import force
 from fxmem.errors import ImplementationError
@@ -600,3 +600,20 @@ def test_a_rewrite_is_written_where_its_operands_are():
     assert RewriteParts(exactness="accurate")(joint).modified and joint.meta["fxmem_rewrites"] == 1
     assert not {aten._log_softmax.default, aten.nll_loss_backward.default} & {n.target for n in joint.graph.nodes}
     assert not RewriteParts(exactness="accurate")(joint).modified
+
+
+def test_what_lies_in_a_concatenation_is_not_kept_a_second_time():
+    """In a DenseNet's block each concatenation holds the one before it; in a U-Net's skip, an activation. Nothing runs twice."""
+    torch.manual_seed(0)
+    block = Between(Dense(16), nn.Conv2d(80, 4, 1), channels=16)
+    module, x = nn.Sequential(block, nn.BatchNorm2d(4)), torch.randn(16, 3, 48, 48)
+    options = {"recompute": False, "time_limit_s": 5.0}
+    names = "cat_activation", "cat_parts"
+    without = fxmem.plan(module, (x,), budget="min", implementations=tuple(f"-{name}" for name in names), **options)
+    planned = assert_drop_in(module, (x,), budget="min", **options)
+    plan = planned.plan
+    assert plan.predicted_peak_bytes < 0.9 * without.predicted_peak_bytes
+    assert fxmem.measure(planned, (x,), repeats=1).peak_bytes <= plan.predicted_peak_bytes
+    used = {plan.problem.operators[p].implementation for p in plan.solution.schedule.steps}
+    assert used.issuperset(names)
+    assert all(plan.solution.schedule.steps.count(p) == 1 for p in plan.problem.forward)

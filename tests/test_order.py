@@ -13,11 +13,21 @@ import fxmem
 from fxmem.errors import ProblemError
 from fxmem.lowering import Lowered, lower
 from fxmem.measuring import backward_roots
-from fxmem.order import candidates, early_gradients, largest_decrease_first, least_peak_order, peak_of, reordered, trace_order
+from fxmem.order import (
+    candidates,
+    early_gradients,
+    largest_decrease_first,
+    late_gradients,
+    least_peak_order,
+    peak_of,
+    reordered,
+    trace_order,
+)
 from fxmem.passes import MarkRegions, Reorder, reorder
 from fxmem.passes.reorder import better_order, order_constraints
 from fxmem.prepared import prepare
 from fxmem.problem import Operator, Problem, Storage
+from fxmem.solving import _worth_solving
 
 
 def all_orders(problem, waits):
@@ -81,7 +91,31 @@ def two_gradients(weight_bytes: int) -> Problem:
 def test_what_the_rules_do(weight_bytes, decrease, early):
     problem = two_gradients(weight_bytes)
     assert (largest_decrease_first(problem), early_gradients(problem)) == (decrease, early)
+    assert late_gradients(problem) == decrease
     assert largest_decrease_first(problem, [(4, 3)])[2:] == (2, 4, 3, 5)
+
+
+def test_late_gradients_wait_for_the_end_where_they_outweigh_what_is_read():
+    """A gradient larger than the activations that it is made from comes after all else; one that is smaller, at once."""
+    problem = chain(6)
+    weights = {6: 100, 9: 3}  # by backward operator: bytes of a gradient that is made beside what it makes
+    storages, operators = list(problem.storages), []
+    for p, o in enumerate(problem.operators):
+        operators.append(o)
+        if p in weights:
+            storages.append(Storage(f"dw{p}", weights[p], "gradient"))
+            operators.append(Operator(f"dw{p}", o.inputs, (len(storages) - 1,), 1.0))
+    made = frozenset(range(len(problem.storages), len(storages)))
+    step = replace(
+        problem,
+        storages=tuple(storages),
+        operators=tuple(operators),
+        num_program=len(operators),
+        outputs=problem.outputs | made,
+    )
+    names = [step.operators[p].name for p in late_gradients(step)]
+    assert names.index("dw9") < names.index(problem.operators[10].name)
+    assert names[-1] == "dw6" and peak_of(step, late_gradients(step)) < peak_of(step, early_gradients(step))
 
 
 def test_peaks_by_order():
@@ -190,3 +224,10 @@ def test_a_step_in_another_order_is_bitwise_the_plain_one(layers, budget):
         o.name for o in prepare(module, (x,), {}, "roofline").lowered.problem.operators
     ]
     assert moved == (budget == 0.6)
+
+
+@pytest.mark.parametrize(("budget_bytes", "worth_solving"), [(None, [1]), (30, [1]), (36, [0])])
+def test_an_order_that_is_better_in_all_that_is_known_is_solved_alone(budget_bytes, worth_solving):
+    """But the trace's is taken where all of it fits."""
+    problem = two_gradients(5)  # 36 bytes, or 26
+    assert _worth_solving([problem, reordered(problem, early_gradients(problem))], budget_bytes) == worth_solving

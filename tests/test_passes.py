@@ -327,6 +327,10 @@ def _arguments(target, values, dtype) -> list:
             given.append(values.shape[1])
         elif argument.name == "indices":
             given.append(torch.randint(len(values), values.shape[:1]))
+        elif argument.name == "whole":  # of three parts, the second of which lies where the next argument says
+            given.append((torch.randn(len(values), 3 * values.shape[1]) * 2).to(dtype))
+        elif argument.name == "begin":
+            given.append(values.shape[1])
         elif kind == "int":
             given.append(-1)
         elif argument.name == "stride":
