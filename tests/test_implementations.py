@@ -603,7 +603,7 @@ def test_a_rewrite_is_written_where_its_operands_are():
 
 
 def test_what_lies_in_a_concatenation_is_not_kept_a_second_time():
-    """In a DenseNet's block each concatenation holds the one before it; in a U-Net's skip, an activation. Nothing runs twice."""
+    """In a DenseNet's block each concatenation holds the one before it; others hold activations. Nothing runs twice."""
     torch.manual_seed(0)
     block = Between(Dense(16), nn.Conv2d(80, 4, 1), channels=16)
     module, x = nn.Sequential(block, nn.BatchNorm2d(4)), torch.randn(16, 3, 48, 48)
