@@ -8,7 +8,6 @@ same (in DenseNet's blocks), gets a copy of it, which to the solver is one more 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -36,8 +35,8 @@ def cat_parts(node: fx.Node) -> list[Choice]:
     """What a concatenation joins, where something else keeps the whole: it is copied out of it."""
     found = []
     for joined in dict.fromkeys((node, *node.args[0])):
-        whole = _whole(joined)
-        if whole is not None and any(user.target is not CAT for user in joined.users):
+        whole = _whole(joined) if any(user.target is not CAT for user in joined.users) else None
+        if whole is not None:
             value = joined.meta["val"]
             call = Call(part, (whole, _dim(whole), _place(joined, whole), list(value.shape), list(value.stride())))
             found.append(Choice(decode=call, decoded=joined))
@@ -61,42 +60,26 @@ def _dim(cat: fx.Node) -> int:
 
 
 def _whole(joined: fx.Node) -> fx.Node | None:
-    """The first concatenation that holds a tensor, or all that it is joined of; the tensor has its bytes to itself."""
+    """The first concatenation that a tensor, or all that it is joined of, lies in; None for one that shares its bytes."""
     value = joined.meta["val"]
     maker = joined.args[0] if joined.target is operator.getitem else joined
     if joined.op != "call_function" or is_backward(joined) or makes_view(maker):
         return None
     if not in_usual_format(value) or value.untyped_storage().nbytes() != value.nbytes or not value.numel():
         return None
-    return min((c for c in _cats(joined) if c is not joined and _place(joined, c) is not None), default=None)
-
-
-def _cats(joined: fx.Node) -> Iterator[fx.Node]:
-    """Concatenations of a tensor, or of the first that it is joined of, and of these."""
-    pending, known = [joined, _joined(joined)[0]], set()
-    while pending:
-        found = [u for u in pending.pop().users if u.target is CAT and not is_backward(u) and u not in known]
-        known.update(found)
-        pending += found
-        yield from found
-
-
-def _joined(value: fx.Node, dim: int | None = None) -> tuple[fx.Node, ...]:
-    """What a concatenation, along dim if that is given, joins, through concatenations along the same; else the tensor alone."""
-    if value.target is not CAT or dim not in (None, _dim(value)):
-        return (value,)
-    return tuple(inner for operand in value.args[0] for inner in _joined(operand, _dim(value)))
+    begin = joined.args[0][0] if joined.target is CAT else joined
+    cats = {u for n in (joined, begin) for u in n.users if u.target is CAT and u is not joined and not is_backward(u)}
+    return next((cat for cat in sorted(cats) if _place(joined, cat) is not None), None)
 
 
 def _place(joined: fx.Node, cat: fx.Node) -> int | None:
     """Where a tensor begins in a concatenation; None where it does not lie in one piece there, or not as it is."""
-    value, whole, dim = joined.meta["val"], cat.meta["val"], _dim(cat)
-    inner, outer = _joined(joined, dim), _joined(cat)
+    value, whole, dim, outer = joined.meta["val"], cat.meta["val"], _dim(cat), list(cat.args[0])
     shapes = [n.meta["val"].shape for n in outer]
     if value.dtype != whole.dtype or any(len(shape) != whole.dim() for shape in shapes):  # the empty may have another one
         return None
-    places = (i for i, n in enumerate(outer) if n is inner[0] and outer[i : i + len(inner)] == inner)
-    first = next(places, None)
+    inner = list(joined.args[0]) if joined not in outer and joined.target is CAT and _dim(joined) == dim else [joined]
+    first = next((i for i in range(len(outer)) if outer[i : i + len(inner)] == inner), None)
     return None if first is None else sum(shape[dim] for shape in shapes[:first])
 
 
