@@ -17,7 +17,8 @@ from fxmem.problem import Operator, Problem, Storage
 from fxmem.schedule import plain_schedule, simulate
 from fxmem.solvers import SOLVERS, annealing, auto, bound, driver, frontier, highs, least_peak, milp, register_solver, solve
 from fxmem.solvers.annealing import Run, anneal
-from fxmem.solvers.base import Answer
+from fxmem.solvers.base import Answer, Task
+from fxmem.solvers.minimum import smallest_schedule
 from fxmem.solvers.pool import Pool
 from fxmem.solvers.stages import compile_problem
 
@@ -124,6 +125,24 @@ def test_least_peak_reaches_the_floor_of_vgg():
     solution = least_peak(problem)
     assert solution.timeline.peak_bytes == 2359246404
     assert solution.timeline.overhead < 0.045
+
+
+def with_a_dear_storage(seconds: float) -> Problem:
+    """A chain of a hundred bytes each; its last operator reads four bytes that take long to make again, too."""
+    step, small = chain(6, size_bytes=100), Storage("small", 4)
+    number, operators, end = len(step.storages), step.operators, step.num_forward
+    dear, last = Operator("dear", (1,), (number,), seconds), operators[-1]
+    forward = (operators[0], dear, *operators[1:end])
+    backward = (*operators[end:-1], replace(last, inputs=(*last.inputs, number)))
+    return Problem((*step.storages, small), (*forward, *backward), end + 1, len(operators) + 1, step.outputs)
+
+
+@pytest.mark.parametrize(("seconds", "peak_bytes", "extra_s"), [(1.0, 500, 11.0), (1000.0, 504, 10.0)])
+def test_the_last_bytes_are_not_bought_at_any_price(seconds, peak_bytes, extra_s):
+    problem = with_a_dear_storage(seconds)
+    timeline = least_peak(problem, time_limit_s=5.0).timeline
+    assert (timeline.peak_bytes, timeline.time_s - problem.plain_time_s) == (peak_bytes, pytest.approx(extra_s))
+    assert simulate(problem, smallest_schedule(Task(problem, 0, (), 0.0, None, 5.0))).peak_bytes == 500
 
 
 def test_least_peak_within_a_given_extra_time():

@@ -17,6 +17,9 @@ from .minimum import NEARLY, smallest_schedule
 from .stages import compile_problem
 from .state import least_possible_bytes
 
+SLIGHTLY = 0.02  # of a peak: so much more is taken where the least one costs more than TOO_MUCH times the extra time
+TOO_MUCH = 2.0
+LEAST_SHARE, SLIGHTLY_SHARE = 1 / 3, 1 / 2  # of the time limit: for the least peak itself, and for what lies slightly above
 PROBES = 8  # budgets that are tried
 PROBE_SHARE = 3  # of the time that is left, each may take the third part, the last ones more
 
@@ -32,7 +35,8 @@ def least_peak(
     """The schedule with the least peak that is found, at the least extra time that is found for nearly that peak.
 
     The last thousandths of a peak are a few small storages that take whole layers to make again; so the answer may lie up to
-    NEARLY above the least peak that was met.
+    NEARLY above the least peak that was met, and up to SLIGHTLY above it where that at least halves the extra time: what the
+    search for the least peak ends with may run everything many times over.
 
     max_overhead: among those that cost at most this extra time only (0.1: ten percent of the plain step).
     """
@@ -41,11 +45,29 @@ def least_peak(
     if max_overhead is not None:
         best = _least_within(task, max_overhead)
         return replace(best, solve_time_s=time.monotonic() - begin)
-    smallest = smallest_schedule(replace(task, deadline=begin + time_limit_s / 2))
-    low_bytes = int(simulate(problem, smallest).peak_bytes * (1 + NEARLY))
-    until = max(task.deadline, time.monotonic() + time_limit_s / 2)  # the peak alone may be found at any cost
-    best = solve_task(replace(task, budget_bytes=low_bytes, starts=(smallest, *starts), deadline=until))
-    return replace(best, solve_time_s=time.monotonic() - begin)
+    smallest = smallest_schedule(replace(task, deadline=begin + time_limit_s * LEAST_SHARE))
+    low_bytes, now = simulate(problem, smallest).peak_bytes, time.monotonic()
+    until = max(task.deadline, now + time_limit_s / 2)  # the peak alone may be found at any cost
+    near, interrupted = _slightly_above(replace(task, deadline=now + time_limit_s * SLIGHTLY_SHARE), low_bytes)
+    known = (smallest, near.schedule, *starts) if near else (smallest, *starts)
+    best = near if near and near.timeline.peak_bytes <= low_bytes else None
+    if best is None:
+        until = time.monotonic() if interrupted else until
+        best = solve_task(replace(task, budget_bytes=int(low_bytes * (1 + NEARLY)), starts=known, deadline=until))
+        best = near if near and near.timeline.overhead * TOO_MUCH < best.timeline.overhead else best
+    return replace(best, solve_time_s=time.monotonic() - begin, interrupted=best.interrupted or interrupted)
+
+
+def _slightly_above(task: Task, least_bytes: int) -> tuple[Solution | None, bool]:
+    """What is found within SLIGHTLY more than the least peak, without beginning from the schedule that reaches it; and whether
+    somebody interrupted the search."""
+    try:
+        found = solve_task(replace(task, budget_bytes=int(least_bytes * (1 + SLIGHTLY)), overtime=False))
+    except InfeasibleBudgetError:
+        return None, False
+    except KeyboardInterrupt:
+        return None, True
+    return found, found.interrupted
 
 
 def frontier(

@@ -188,12 +188,13 @@ class _Search:
 
     def _advice_packed(self) -> Incumbent:
         """The best of the advice packed, and of the best starting state, packed too where the advice is not much better: beside
-        it where that alone fits; on large graphs, where packing two takes all the time, in the place of the second advice."""
+        it where that alone fits and takes less than another step's time; on large graphs, where packing two takes all the
+        time, in the place of the second advice."""
         first = self.first
         states, start = [advice.desired for advice in self.advised], first.desired or first.smallest
         if len(start) > MOST_FOR_FRESH and first.desired and first.time_s <= self.advised[0].time_s * NOT_FAR:
             states[1:] = [start]
-        elif first.desired and all(advice.worst_bytes > self.budget_bytes for advice in self.advised):
+        elif first.time_s <= self.unit_s and all(advice.worst_bytes > self.budget_bytes for advice in self.advised):
             states = [states[-1], start, *states[:-1]]  # by the second process, whatever time it takes
         best = better([first, *self._packed(states)])
         start_s, near = (first.time_s, NOT_FAR) if first.desired else (self._time_s(start), NOT_FAR_UNFIT)
