@@ -13,13 +13,13 @@ from ..schedule import Schedule, plain_schedule, simulate
 from .base import BY_INTERRUPT, BY_TIME_LIMIT, Progress, Solution, Task, with_reason
 from .bound import Relaxation
 from .driver import solve, solve_task
-from .minimum import NEARLY, smallest_schedule
+from .minimum import NEARLY, annealed, smallest_schedule
 from .stages import compile_problem
 from .state import least_possible_bytes
 
 SLIGHTLY = 0.02  # of a peak: so much more is taken where the least one costs more than TOO_MUCH times the extra time
 TOO_MUCH = 2.0
-LEAST_SHARE, SLIGHTLY_SHARE = 1 / 3, 1 / 2  # of the time limit: for the least peak itself, and for what lies slightly above
+LEAST_SHARE = 1 / 3  # of the time limit: for the least peak itself
 PROBES = 8  # budgets that are tried
 PROBE_SHARE = 3  # of the time that is left, each may take the third part, the last ones more
 
@@ -46,28 +46,21 @@ def least_peak(
         best = _least_within(task, max_overhead)
         return replace(best, solve_time_s=time.monotonic() - begin)
     smallest = smallest_schedule(replace(task, deadline=begin + time_limit_s * LEAST_SHARE))
-    low_bytes, now = simulate(problem, smallest).peak_bytes, time.monotonic()
+    least_bytes, now = simulate(problem, smallest).peak_bytes, time.monotonic()
     until = max(task.deadline, now + time_limit_s / 2)  # the peak alone may be found at any cost
-    near, interrupted = _slightly_above(replace(task, deadline=now + time_limit_s * SLIGHTLY_SHARE), low_bytes)
-    known = (smallest, near.schedule, *starts) if near else (smallest, *starts)
-    best = near if near and near.timeline.peak_bytes <= low_bytes else None
-    if best is None:
-        until = time.monotonic() if interrupted else until
-        best = solve_task(replace(task, budget_bytes=int(low_bytes * (1 + NEARLY)), starts=known, deadline=until))
-        best = near if near and near.timeline.overhead * TOO_MUCH < best.timeline.overhead else best
-    return replace(best, solve_time_s=time.monotonic() - begin, interrupted=best.interrupted or interrupted)
+    near = _within(replace(task, deadline=now + (until - now) / 2), int(least_bytes * (1 + SLIGHTLY)), smallest)
+    best = near
+    if not near.interrupted:
+        task = replace(task, starts=(near.schedule, *starts), deadline=until)
+        best = _within(task, int(least_bytes * (1 + NEARLY)), smallest)
+        best = near if near.timeline.overhead * TOO_MUCH < best.timeline.overhead else best
+    return replace(best, solve_time_s=time.monotonic() - begin)
 
 
-def _slightly_above(task: Task, least_bytes: int) -> tuple[Solution | None, bool]:
-    """What is found within SLIGHTLY more than the least peak, without beginning from the schedule that reaches it; and whether
-    somebody interrupted the search."""
-    try:
-        found = solve_task(replace(task, budget_bytes=int(least_bytes * (1 + SLIGHTLY)), overtime=False))
-    except InfeasibleBudgetError:
-        return None, False
-    except KeyboardInterrupt:
-        return None, True
-    return found, found.interrupted
+def _within(task: Task, budget_bytes: int, smallest: Schedule) -> Solution:
+    """What is found within a budget near the least peak, from what reaches that at any price, annealed first."""
+    task = replace(task, budget_bytes=budget_bytes)
+    return solve_task(replace(task, starts=(annealed(task, smallest), smallest, *task.starts)))
 
 
 def frontier(

@@ -12,9 +12,9 @@ from dataclasses import replace
 from ..schedule import Schedule, simulate
 from .base import Task
 from .pool import Pool
-from .search import advice_packed, better, first_states, squeeze
+from .search import advice_packed, better, cheaper, first_states, squeeze
 from .stages import compile_problem
-from .state import State, least_possible_bytes
+from .state import State, desires, least_possible_bytes
 
 NEARLY = 1e-3  # of a peak: the last thousandths are a few small storages that take whole layers to make again
 PACKING_SHARE = 3  # of the time: where it does not get there, the walk from the starting states goes lower than on from its own
@@ -42,3 +42,13 @@ def smallest_schedule(task: Task, effort_s: float = LEAST_EFFORT_S) -> Schedule:
             best = better([best, packed])
     schedules = [State(compiled, floor_bytes, list(best.smallest)).schedule(), *task.starts]
     return min(schedules, key=lambda schedule: simulate(task.problem, schedule).peak_bytes)
+
+
+def annealed(task: Task, schedule: Schedule) -> Schedule:
+    """A schedule within the task's budget, at less extra time: what the search for the least peak ends with runs much several
+    times for nothing, which packing, one move at a time, takes long to see."""
+    compiled = compile_problem(task.problem)
+    state = State(compiled, task.budget_bytes, desires(compiled, schedule))
+    with Pool(len(compiled.stages)) as pool:
+        best = cheaper(task, compiled, state, pool)
+    return State(compiled, task.budget_bytes, list(best.desired)).schedule() if best.desired else schedule
