@@ -14,7 +14,7 @@ import itertools
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -154,9 +154,7 @@ def table() -> Iterator[dict]:
         yield {
             "part": "table",
             "name": name,
-            "serves": _names(implementation.serves)
-            if len(implementation.serves) <= MOST_NAMED
-            else ["pointwise operators again"],
+            "serves": _names(implementation.serves),
             "keeps": (implementation.choose.__doc__ or "").strip().split("\n")[0],
             "exactness": implementation.exactness,
             "is_bitwise": found.is_bitwise,
@@ -165,7 +163,9 @@ def table() -> Iterator[dict]:
         }
 
 
-def _names(targets: Iterable[Any]) -> list[str]:
+def _names(targets: Sequence[Any]) -> list[str]:
+    if len(targets) > MOST_NAMED:
+        return ["pointwise operators again"]
     return [str(target).removesuffix(".default") for target in targets]
 
 
