@@ -19,6 +19,7 @@ from .state import least_possible_bytes
 
 SLIGHTLY = 0.02  # of a peak: so much more is taken where the least one costs more than TOO_MUCH times the extra time
 TOO_MUCH = 2.0
+DEAR = 0.5  # extra time of the least peak as it is found
 LEAST_SHARE = 1 / 3  # of the time limit: for the least peak itself
 PROBES = 8  # budgets that are tried
 PROBE_SHARE = 3  # of the time that is left, each may take the third part, the last ones more
@@ -49,18 +50,19 @@ def least_peak(
     least_bytes, now = simulate(problem, smallest).peak_bytes, time.monotonic()
     until = max(task.deadline, now + time_limit_s / 2)  # the peak alone may be found at any cost
     near = _within(replace(task, deadline=now + (until - now) / 2), int(least_bytes * (1 + SLIGHTLY)), smallest)
-    best = near
-    if not near.interrupted:
-        task = replace(task, starts=(near.schedule, *starts), deadline=until)
-        best = _within(task, int(least_bytes * (1 + NEARLY)), smallest)
+    best, low_bytes = near, int(least_bytes * (1 + NEARLY))
+    if not near.interrupted and (near.status != "optimal" or near.timeline.peak_bytes > low_bytes):
+        best = _within(replace(task, starts=(near.schedule, *starts), deadline=until), low_bytes, smallest)
         best = near if near.timeline.overhead * TOO_MUCH < best.timeline.overhead else best
     return replace(best, solve_time_s=time.monotonic() - begin)
 
 
 def _within(task: Task, budget_bytes: int, smallest: Schedule) -> Solution:
-    """What is found within a budget near the least peak, from what reaches that at any price, annealed first."""
-    task = replace(task, budget_bytes=budget_bytes)
-    return solve_task(replace(task, starts=(annealed(task, smallest), smallest, *task.starts)))
+    """What is found within a budget near the least peak, from what reaches that at any price, annealed where it is dear."""
+    task = replace(task, budget_bytes=budget_bytes, starts=(smallest, *task.starts))
+    if simulate(task.problem, smallest).overhead > DEAR:
+        task = replace(task, starts=(annealed(task, smallest), *task.starts))
+    return solve_task(task)
 
 
 def frontier(
