@@ -19,7 +19,7 @@ from .state import least_possible_bytes
 
 SLIGHTLY = 0.02  # of a peak: so much more is taken where the least one costs more than TOO_MUCH times the extra time
 TOO_MUCH = 2.0
-DEAR = 0.5  # extra time of the least peak as it is found
+DEAR = 0.5  # extra time of the least peak as it is met: below that, it is not bought at any price
 LEAST_SHARE = 1 / 3  # of the time limit: for the least peak itself
 PROBES = 8  # budgets that are tried
 PROBE_SHARE = 3  # of the time that is left, each may take the third part, the last ones more
@@ -47,13 +47,16 @@ def least_peak(
         best = _least_within(task, max_overhead)
         return replace(best, solve_time_s=time.monotonic() - begin)
     smallest = smallest_schedule(replace(task, deadline=begin + time_limit_s * LEAST_SHARE))
-    least_bytes, now = simulate(problem, smallest).peak_bytes, time.monotonic()
+    reached, now = simulate(problem, smallest), time.monotonic()
     until = max(task.deadline, now + time_limit_s / 2)  # the peak alone may be found at any cost
-    near = _within(replace(task, deadline=now + (until - now) / 2), int(least_bytes * (1 + SLIGHTLY)), smallest)
-    best, low_bytes = near, int(least_bytes * (1 + NEARLY))
-    if not near.interrupted and (near.status != "optimal" or near.timeline.peak_bytes > low_bytes):
-        best = _within(replace(task, starts=(near.schedule, *starts), deadline=until), low_bytes, smallest)
-        best = near if near.timeline.overhead * TOO_MUCH < best.timeline.overhead else best
+    near, low_bytes = None, int(reached.peak_bytes * (1 + NEARLY))
+    if reached.overhead > DEAR:
+        near = _within(replace(task, deadline=now + (until - now) / 2), int(reached.peak_bytes * (1 + SLIGHTLY)), smallest)
+        starts = (near.schedule, *starts)
+        if near.interrupted or near.status == "optimal" and near.timeline.peak_bytes <= low_bytes:
+            return replace(near, solve_time_s=time.monotonic() - begin)
+    best = _within(replace(task, starts=tuple(starts), deadline=until), low_bytes, smallest)
+    best = near if near and near.timeline.overhead * TOO_MUCH < best.timeline.overhead else best
     return replace(best, solve_time_s=time.monotonic() - begin)
 
 
