@@ -83,9 +83,12 @@ def _place(joined: fx.Node, cat: fx.Node) -> int | None:
     return None if first is None else sum(shape[dim] for shape in shapes[:first])
 
 
+def _room_for_part(whole: torch.Tensor, dim: int, begin: int, size: list[int], stride: list[int]) -> torch.Tensor:
+    return torch.empty_strided(size, stride, dtype=whole.dtype, device=whole.device)
+
+
 def _part(whole: torch.Tensor, dim: int, begin: int, size: list[int], stride: list[int]) -> torch.Tensor:
-    made = torch.empty_strided(size, stride, dtype=whole.dtype, device=whole.device)
-    return made.copy_(whole.narrow(dim, begin, size[dim]))
+    return _room_for_part(whole, dim, begin, size, stride).copy_(whole.narrow(dim, begin, size[dim]))
 
 
 def _copy(call: OpCall) -> list[OpCall]:
@@ -94,10 +97,7 @@ def _copy(call: OpCall) -> list[OpCall]:
 
 
 part = define(
-    "part(Tensor whole, int dim, int begin, int[] size, int[] stride) -> Tensor",
-    _part,
-    lambda whole, dim, begin, size, stride: torch.empty_strided(size, stride, dtype=whole.dtype, device=whole.device),
-    lambda call: 0,
+    "part(Tensor whole, int dim, int begin, int[] size, int[] stride) -> Tensor", _part, _room_for_part, lambda call: 0
 )
 PARTS[part.overloadpacket] = _copy
 
@@ -105,17 +105,17 @@ PARTS[part.overloadpacket] = _copy
 def _define_backward(plain: Any, schema: str) -> Any:
     """An operator's form that is given a concatenation, and where in it the output lies."""
 
-    def fill(made, gradient, whole, dim, begin, stride, *rest):
-        result = whole.narrow(dim, begin, gradient.shape[dim])
-        return plain.overloadpacket.grad_input(gradient, result, *rest, grad_input=made)
+    def plain_args(gradient, whole, dim, begin, stride, *rest):
+        return gradient, whole.narrow(dim, begin, gradient.shape[dim]), *rest
+
+    def fill(made, *args):
+        return plain.overloadpacket.grad_input(*plain_args(*args), grad_input=made)
 
     def empty(gradient, whole, dim, begin, stride, *_):
         return torch.empty_strided(gradient.shape, stride, dtype=gradient.dtype, device=gradient.device)
 
     def plain_call(call: OpCall) -> list[OpCall]:
-        gradient, whole, dim, begin, _, *rest = call.args
-        result = whole.narrow(dim, begin, gradient.shape[dim])
-        return [OpCall(plain, (gradient, result, *rest), out=call.out, on_gpu=call.on_gpu)]
+        return [OpCall(plain, plain_args(*call.args), out=call.out, on_gpu=call.on_gpu)]
 
     name, given = f"{plain.overloadpacket.__name__}_of_part", f"Tensor whole, int dim, int begin, int[] stride{schema}"
     made = define(

@@ -49,21 +49,22 @@ def least_peak(
     smallest = smallest_schedule(replace(task, deadline=begin + time_limit_s * LEAST_SHARE))
     reached, now = simulate(problem, smallest), time.monotonic()
     until = max(task.deadline, now + time_limit_s / 2)  # the peak alone may be found at any cost
-    near, low_bytes = None, int(reached.peak_bytes * (1 + NEARLY))
-    if reached.overhead > DEAR:
-        near = _within(replace(task, deadline=now + (until - now) / 2), int(reached.peak_bytes * (1 + SLIGHTLY)), smallest)
+    near, low_bytes, dear = None, int(reached.peak_bytes * (1 + NEARLY)), reached.overhead > DEAR
+    if dear:
+        high_bytes = int(reached.peak_bytes * (1 + SLIGHTLY))
+        near = _within(replace(task, deadline=now + (until - now) / 2), high_bytes, smallest, dear)
         starts = (near.schedule, *starts)
         if near.interrupted or near.status == "optimal" and near.timeline.peak_bytes <= low_bytes:
             return replace(near, solve_time_s=time.monotonic() - begin)
-    best = _within(replace(task, starts=tuple(starts), deadline=until), low_bytes, smallest)
+    best = _within(replace(task, starts=tuple(starts), deadline=until), low_bytes, smallest, dear)
     best = near if near and near.timeline.overhead * TOO_MUCH < best.timeline.overhead else best
     return replace(best, solve_time_s=time.monotonic() - begin)
 
 
-def _within(task: Task, budget_bytes: int, smallest: Schedule) -> Solution:
+def _within(task: Task, budget_bytes: int, smallest: Schedule, dear: bool) -> Solution:
     """What is found within a budget near the least peak, from what reaches that at any price, annealed where it is dear."""
     task = replace(task, budget_bytes=budget_bytes, starts=(smallest, *task.starts))
-    if simulate(task.problem, smallest).overhead > DEAR:
+    if dear:
         task = replace(task, starts=(annealed(task, smallest), *task.starts))
     return solve_task(task)
 
