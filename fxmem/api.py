@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -97,7 +98,7 @@ def transform(
         prepared, plan_ = decide(module, args, kwargs, question, given, cache_dir)
         others = ask if ask.fraction is None else replace(ask, at_least_bytes=plan_.budget_bytes)
         again = functools.partial(transform, budget=others, arena=arena, **graph_options, **options)
-        joint = Rematerialize(solution=plan_.solution)(prepared.joint()).graph_module
+        joint = Rematerialize(solution=plan_.solution)(prepared.joint).graph_module
         infer = None
         if arena:
             infer = functools.partial(plan_inference, inplace=graph_options["inplace"])
@@ -215,8 +216,9 @@ def plans(
     check_solver(solver, *wanted.values())
     graph_options = _graph_options(output_gradients, implementations, exactness, inplace, recompute)
     module, args, kwargs = _example_call(module, example_inputs, example_kwargs)
-    if not costs:
-        raise CostError("costs=() was given; name one cost model or more")
+    names = Counter(getattr(cost, "name", cost) for cost in costs)
+    if not names or names.most_common(1)[0][1] > 1:
+        raise CostError(f"costs={costs!r} was given; name one cost model or more, each by another name")
     with showing(progress):
         found: dict[tuple[str, float | str], Plan | InfeasibleBudgetError] = {}
         prepared = prepare(module, args, kwargs, costs[0], **graph_options)
@@ -231,8 +233,8 @@ def plans(
                     time_limit_s = 0.0 if plan_.solution.interrupted else time_limit_s
                 except InfeasibleBudgetError as error:
                     found[prepared.cost, budget] = error
-    names = dict.fromkeys(name for name, _ in found)
-    return {(name, budget): found[name, budget] for name in names for budget in wanted}
+    found_names = dict.fromkeys(name for name, _ in found)
+    return {(name, budget): found[name, budget] for name in found_names for budget in wanted}
 
 
 def _example_call(

@@ -164,7 +164,7 @@ class _Phase:
         for before, after in waits:
             if before in inside and after in inside:
                 self.needs[after] |= 1 << before
-        if operators.start == 0 and operators:  # the operator that ends the forward
+        if operators and operators == problem.forward:  # the operator that ends it
             self.needs[operators[-1]] |= sum(1 << p for p in operators[:-1])
         self.behind: dict[int, list[int]] = {p: [] for p in operators}
         for p, needed in self.needs.items():

@@ -60,7 +60,8 @@ def decide(
         except PlanError as error:
             log.warning("%s; planning anew", error)
     program, found = solve_for(prepared.under(question.cost), question.budget, question.solver, question.time_limit_s)
-    found.save(path)
+    if not found.solution.interrupted:  # who asks again shall have all of the time
+        found.save(path)
     return program, found
 
 

@@ -82,8 +82,9 @@ class Prepared:
         order = better_order(self.lowered)
         return order and replace(self, lowered=_lowered(self.captured, self.origin, order), order=order)
 
+    @cached_property
     def joint(self) -> fx.GraphModule:
-        """The joint graph in the order of this program, for good."""
+        """The joint graph, which from then on is in the order of this program."""
         if self.order:
             for graph_pass in (Reorder(self.order), Liveness(), MarkRegions()):
                 graph_pass(self.captured.joint)

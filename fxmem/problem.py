@@ -106,8 +106,8 @@ class Problem:
 
     @cached_property
     def plain_time_s(self) -> float:
-        """Seconds of every operator once: the unit of extra time."""
-        return sum(o.time_s for o in self.operators[: self.num_program])
+        """Seconds of every operator once, the same in every order: the unit of extra time."""
+        return math.fsum(o.time_s for o in self.operators[: self.num_program])
 
     @property
     def forward(self) -> range:
@@ -183,8 +183,10 @@ def without_recompute(problem: Problem) -> Problem:
     """The same step where no forward operator runs twice: variants may run that read nothing but what was made of their result,
     what encoders have kept or what later operators have joined."""
 
+    first = [makers[:1] for makers in problem.producers]
+
     def takes_apart(variant: int) -> bool:
-        operator, first = problem.operators[variant], [makers[:1] for makers in problem.producers]
+        operator = problem.operators[variant]
         made = max(first[s] for s in operator.outputs)
         return all(made < first[s] for s in operator.inputs if first[s])
 

@@ -15,13 +15,15 @@ from .problem import Problem
 from .progress import detail, phase
 from .schedule import Schedule, plain_schedule, simulate
 from .solvers import Solution, find_solver, frontier, least_peak, solve
-from .solvers.base import BY_INTERRUPT, with_reason
+from .solvers.base import interrupted
 from .solvers.bound import Relaxation
+from .solvers.budgets import least_of
 from .solvers.minimum import NEARLY
 from .solvers.stages import compile_problem
 from .solvers.state import least_possible_bytes
 
 WORTH_AN_ORDER = 0.005  # of the least peak, or of the extra time: below that, solving twice finds noise
+NOTHING_BETTER = (0.0, 0.0)  # what an order promises in which all of the step fits
 
 
 def unsolved(problem: Problem) -> Solution:
@@ -80,14 +82,14 @@ def choose_program(
     """
     found, errors, deadline = {}, [], time.monotonic() + time_limit_s
     size_bytes = None if budget.is_free else budget.resolve(plain_peak_bytes)
-    worth_solving, floors = [0] if budget.is_free else _worth_solving(problems, size_bytes), {}
+    worth_solving, floors = [0] if budget.is_free else _worth_solving(problems, size_bytes, deadline), {}
     if budget.least:
         floors = {n: least_possible_bytes(problems[n], compile_problem(problems[n])) for n in worth_solving}
         worth_solving.sort(key=floors.__getitem__)
     for already, number in enumerate(worth_solving):
         problem, slower = problems[number], _slower(problems[number], problems[0])
         wanted = budget
-        if 0 in found and _is_settled(budget, found[0], slower):
+        if any(_is_settled(budget, solution, slower) for solution in found.values()):
             continue
         if floors and any(floors[number] > s.timeline.peak_bytes * (1 + NEARLY) for s in found.values()):
             continue
@@ -103,15 +105,20 @@ def choose_program(
         except InfeasibleBudgetError as error:
             errors.append(error)
             continue
+        except KeyboardInterrupt:  # before it had anything that fits
+            if not found:
+                raise
+            found = {n: interrupted(s) for n, s in found.items()}
+            break
         found[number] = _over_plain(solution, slower)
         if solution.interrupted:
-            found = {n: _cut_short(s) for n, s in found.items()}
+            found = {n: interrupted(s) for n, s in found.items()}
             break
     if not found:
         raise min(errors, key=lambda error: error.min_budget_bytes)
-    low_bytes = min(solution.timeline.peak_bytes for solution in found.values())
-    if budget.least:  # as close to the least as `least_peak` itself goes
-        found = {n: s for n, s in found.items() if s.timeline.peak_bytes <= low_bytes * (1 + NEARLY)}
+    if budget.least:
+        least = least_of(found.values())
+        return next((n, s) for n, s in found.items() if s is least)
     return min(found.items(), key=lambda item: _worth(item[1], least=budget.max_overhead is not None))
 
 
@@ -139,16 +146,16 @@ def _slower(problem: Problem, plain: Problem) -> float:
     return max(0.0, problem.plain_time_s / (plain.plain_time_s or 1.0) - 1)
 
 
-def _is_settled(budget: Budget, plain: Solution, slower: float) -> bool:
-    """Whether no plan of a program that is so much slower can be better than that of the plain one."""
-    return not budget.least and budget.max_overhead is None and plain.timeline.overhead <= slower
+def _is_settled(budget: Budget, known: Solution, slower: float) -> bool:
+    """Whether no plan of a program that is so much slower than the plain one can be better than what is known."""
+    return not budget.least and budget.max_overhead is None and known.timeline.overhead <= slower
 
 
-def _worth_solving(problems: Sequence[Problem], budget_bytes: int | None) -> list[int]:
+def _worth_solving(problems: Sequence[Problem], budget_bytes: int | None, deadline: float = math.inf) -> list[int]:
     """All, but for orders of the same operators that promise nothing beside another one."""
     found: list[int] = []
     operators = [_operators(problem) for problem in problems]
-    promised = functools.cache(lambda number: _promised(problems[number], budget_bytes))
+    promised = functools.cache(lambda number: _promised(problems[number], budget_bytes, deadline))
     for number in range(len(problems)):
         same = [n for n in found if operators[n] == operators[number]]
         if all(_is_better(promised(number), promised(n)) for n in same):
@@ -162,21 +169,24 @@ def _operators(problem: Problem) -> Counter:
     return Counter((o.name, o.inputs, o.outputs, o.time_s) for o in problem.operators)
 
 
-def _promised(problem: Problem, budget_bytes: int | None) -> tuple[float, float | None]:
+def _promised(problem: Problem, budget_bytes: int | None, deadline: float) -> tuple[float, float | None]:
     """The least possible peak of an order, and, by the linear relaxation, the least extra time within a budget (None where that
-    takes long); without one, the plain peak. Where everything fits, an order has nothing more to promise."""
+    takes long); without one, the plain peak. NOTHING_BETTER where everything fits."""
     compiled, plain_bytes = compile_problem(problem), simulate(problem, plain_schedule(problem)).peak_bytes
     floor_bytes = least_possible_bytes(problem, compiled)
     if budget_bytes is None:
         return floor_bytes, plain_bytes
     if plain_bytes <= budget_bytes:
-        return budget_bytes, 0.0
+        return NOTHING_BETTER
     relaxation = Relaxation(compiled, budget_bytes)
-    return floor_bytes, None if relaxation.takes_long else relaxation.solve(math.inf).bound
+    bound_s = None if relaxation.takes_long else relaxation.solve(deadline).bound
+    return floor_bytes, None if bound_s == -math.inf else bound_s
 
 
 def _is_better(promised: tuple, of_other: tuple) -> bool | None:
     """Whether one order of a step may be enough better than another one to be worth solving for; None where nobody knows."""
+    if of_other == NOTHING_BETTER:
+        return False
     pairs = [pair for pair in zip(promised, of_other, strict=True) if None not in pair]
     if any(low < high * (1 - WORTH_AN_ORDER) for low, high in pairs):
         return True
@@ -189,13 +199,6 @@ def _over_plain(solution: Solution, slower: float) -> Solution:
         return solution
     extra, bound = ((1 + o) * (1 + slower) - 1 for o in (solution.timeline.overhead, solution.lower_bound_overhead))
     return replace(solution, timeline=replace(solution.timeline, overhead=extra), lower_bound_overhead=bound)
-
-
-def _cut_short(solution: Solution) -> Solution:
-    """With a word of it that somebody interrupted the question that it answers, which may have been in another program."""
-    if solution.interrupted:
-        return solution
-    return replace(solution, interrupted=True, status=with_reason(solution.status, BY_INTERRUPT))
 
 
 def _worth(solution: Solution, least: bool) -> tuple[float, float]:

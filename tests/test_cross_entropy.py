@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-from dataclasses import replace
 
 import pytest
 import torch
@@ -10,14 +9,10 @@ from helpers.steps import transform
 from torch import nn
 
 import fxmem
-from fxmem import solving
-from fxmem.budget import Budget
 from fxmem.checking import force
-from fxmem.errors import ImplementationError, InfeasibleBudgetError
+from fxmem.errors import ImplementationError
 from fxmem.implementations import cross_entropy
 from fxmem.prepared import prepare
-from fxmem.problem import Operator, Problem, Storage
-from fxmem.solving import choose_frontier, choose_program
 
 ACCURATE = {"exactness": "accurate", "cost": "V100"}
 CLASSES = 500
@@ -187,56 +182,6 @@ def test_a_class_that_is_not_there_is_an_error_as_before():
     planned = transform(Language(ignore_index=-1), (x,), **ACCURATE)  # -100, at the end of each row, is no class then
     with pytest.raises(IndexError, match="Target -100 is out of bounds"):
         planned(x)
-
-
-def step_of(seconds: float, size_bytes: int) -> Problem:
-    """a, then b, and their gradients, with a kept."""
-    storages = (Storage("a", size_bytes), Storage("b", 10), Storage("db", 10, "gradient"), Storage("da", 1, "gradient"))
-    operators = (
-        Operator("a", (), (0,), seconds, recomputable=False),
-        Operator("b", (0,), (1,), 1.0),
-        Operator("return", (1,), (), recomputable=False),
-        Operator("db", (1,), (2,), 1.0, workspace_bytes=20),
-        Operator("da", (0, 2), (3,), 1.0),
-    )
-    return Problem(storages, operators, 3, 5, frozenset({3}))
-
-
-PROGRAMS = step_of(1.0, 100), step_of(2.0, 50)  # the second takes a quarter more time
-
-
-@pytest.mark.parametrize(
-    ("budget", "number", "overhead"),
-    [
-        (Budget(), 0, 0.0),
-        (Budget(size_bytes=200), 0, 0.0),
-        (Budget(size_bytes=120), 1, 0.25),
-        (Budget(least=True), 1, 0.25),
-        (Budget(max_overhead=0.3), 1, 0.25),
-        (Budget(max_overhead=0.2), 0, 0.0),
-    ],
-)
-def test_the_better_program_is_taken(budget, number, overhead):
-    chosen, solution = choose_program(PROGRAMS, budget, 140, time_limit_s=2.0)
-    assert (chosen, solution.timeline.overhead) == (number, pytest.approx(overhead))
-
-
-def test_an_interrupt_of_one_program_is_told_where_the_other_is_taken(monkeypatch):
-    programs, choose = (PROGRAMS[0], step_of(2.0, 100)), solving.choose
-    monkeypatch.setattr(solving, "choose", lambda p, *args: replace(choose(p, *args), interrupted=p is programs[1]))
-    chosen, solution = choose_program(programs, Budget(least=True), 140, time_limit_s=2.0)
-    assert chosen == 0 and solution.interrupted
-
-
-def test_no_program_fits():
-    with pytest.raises(InfeasibleBudgetError) as caught:
-        choose_program(PROGRAMS, Budget(size_bytes=40), 140)
-    assert caught.value.min_budget_bytes == 90
-
-
-def test_a_frontier_of_both_programs():
-    found = choose_frontier(PROGRAMS, 4, 10.0)
-    assert [(number, s.timeline.peak_bytes) for number, s in found] == [(0, 140), (1, 90)]
 
 
 def test_by_name_it_needs_leave():

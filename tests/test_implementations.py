@@ -435,13 +435,20 @@ def test_slices_that_would_run_by_another_kernel_or_save_nothing(layer):
 
 
 @pytest.mark.parametrize(
-    "layer", [nn.BatchNorm2d(5), nn.BatchNorm2d(1), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(4))], ids=str
+    "layer", [nn.BatchNorm2d(3), nn.BatchNorm2d(1), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(4))], ids=str
 )
 def test_slices_of_channels_that_would_run_by_another_kernel(layer):
     """Single channels, and single pixels, may be taken for channels-last."""
     channels = next(m.num_features for m in layer.modules() if isinstance(m, nn.BatchNorm2d))
     with pytest.raises(ImplementationError, match="applies nowhere"):
         fxmem.check_implementation("batch_norm_slices", nn.Sequential(nn.Conv2d(3, channels, 1), layer), (images(),))
+
+
+@pytest.mark.parametrize("channels", [5, 33])
+def test_no_channel_is_left_over(channels):
+    """In twos, or in threes, it would be: it goes with those before it."""
+    module = nn.Sequential(nn.Conv2d(3, channels, 1), nn.BatchNorm2d(channels), nn.ReLU())
+    assert fxmem.check_implementation("batch_norm_slices", module, (images(),)).is_bitwise
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -6,7 +6,7 @@ from random import Random
 
 import pytest
 import torch
-from helpers.problems import chain
+from helpers.problems import chain, two_gradients
 from torch import nn
 
 import fxmem
@@ -27,7 +27,6 @@ from fxmem.passes import MarkRegions, Reorder, reorder
 from fxmem.passes.reorder import better_order, order_constraints
 from fxmem.prepared import prepare
 from fxmem.problem import Operator, Problem, Storage
-from fxmem.solving import _worth_solving
 
 
 def all_orders(problem, waits):
@@ -65,20 +64,6 @@ def test_the_complete_search_finds_the_least_of_all_orders():
         assert all(order in peaks for order in candidates(problem, waits).values())
         better += peaks[found] < peaks[trace_order(problem)]
     assert better == 41
-
-
-def two_gradients(weight_bytes: int) -> Problem:
-    """x -> y -> (end); backward: gradient of the input from dy, then that of the weight from dy and x, then one of the input's
-    alone. Activations of 10 bytes."""
-    sizes = {"w": 1, "x": 10, "dy": 10, "dx": 10, "dw": weight_bytes, "dz": 10}
-    names = list(sizes)
-    storages = tuple(Storage(name, size, "parameter" if name == "w" else "activation") for name, size in sizes.items())
-    steps = {"x": "w", "end": "x", "dy": "x", "dx": "dy", "dw": "dy x", "dz": "dx"}
-    operators = tuple(
-        Operator(made, tuple(names.index(r) for r in read.split()), (names.index(made),) if made in names else ())
-        for made, read in steps.items()
-    )
-    return Problem(storages, operators, 2, 6, frozenset({names.index("dw"), names.index("dz")}))
 
 
 @pytest.mark.parametrize(
@@ -224,10 +209,3 @@ def test_a_step_in_another_order_is_bitwise_the_plain_one(layers, budget):
         o.name for o in prepare(module, (x,), {}, "roofline").lowered.problem.operators
     ]
     assert moved == (budget == 0.6)
-
-
-@pytest.mark.parametrize(("budget_bytes", "worth_solving"), [(None, [1]), (30, [1]), (36, [0])])
-def test_an_order_that_is_better_in_all_that_is_known_is_solved_alone(budget_bytes, worth_solving):
-    """But the trace's is taken where all of it fits."""
-    problem = two_gradients(5)  # 36 bytes, or 26
-    assert _worth_solving([problem, reordered(problem, early_gradients(problem))], budget_bytes) == worth_solving

@@ -5,6 +5,7 @@ import functools
 import json
 import logging
 import operator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -216,6 +217,18 @@ def test_the_cache(tmp_path, monkeypatch, caplog):
         again = fxmem.plan(ConvNet(), IMAGES, budget=0.7, **options)
     assert "planning anew" in caplog.text and again.predicted_peak_bytes <= again.budget_bytes == first.budget_bytes
     assert fxmem.plan(ConvNet(), IMAGES, budget=0.7, **options) == again
+
+
+def test_an_interrupted_plan_is_not_kept(tmp_path, monkeypatch):
+    solve_for = planning.solve_for
+
+    def interrupted(*args):
+        program, plan = solve_for(*args)
+        return program, replace(plan, solution=replace(plan.solution, interrupted=True))
+
+    monkeypatch.setattr(planning, "solve_for", interrupted)
+    fxmem.plan(ConvNet(), IMAGES, budget=0.7, cost="V100", time_limit_s=0.2, cache_dir=tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_cache_and_a_bad_cost(tmp_path):

@@ -5,8 +5,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from helpers.instances import load_instance
@@ -120,6 +122,24 @@ def test_runs_are_made_here_when_the_second_process_dies(monkeypatch):
         assert pool.run_all(runs, math.inf) == [anneal(run) for run in runs]
 
 
+def test_a_run_that_a_limit_cut_short_is_not_interrupted(monkeypatch):
+    """The second process has until the deadline then, and the runs behind it are made."""
+    runs, waits = [Run(chain(5), 70, (31,) * 6, 200, seed, packed=True) for seed in range(4)], []
+
+    class Waiting(threading.Thread):
+        def join(self, timeout=None):
+            waits.append(timeout)
+            super().join(timeout)
+
+    monkeypatch.setattr("fxmem.solvers.pool.threading", SimpleNamespace(Thread=Waiting))
+    monkeypatch.setattr("fxmem.solvers.pool.WORTHWHILE_S", 0.0)
+    monkeypatch.setattr("fxmem.solvers.pool._cores", lambda: 2)
+    monkeypatch.setattr("fxmem.solvers.annealing.pack", lambda *_: True)
+    with Pool(6) as pool:
+        found = pool.run_all(runs, time.monotonic() + 100)
+    assert waits[0] > 100 and all(incumbent.desired for incumbent in found)
+
+
 def test_least_peak_reaches_the_floor_of_vgg():
     problem = load_instance("vgg16_32")
     solution = least_peak(problem)
@@ -142,7 +162,7 @@ def test_the_last_bytes_are_not_bought_at_any_price(seconds, peak_bytes, extra_s
     problem = with_a_dear_storage(seconds)
     timeline = least_peak(problem, time_limit_s=5.0).timeline
     assert (timeline.peak_bytes, timeline.time_s - problem.plain_time_s) == (peak_bytes, pytest.approx(extra_s))
-    assert simulate(problem, smallest_schedule(Task(problem, 0, (), 0.0, None, 5.0))).peak_bytes == 500
+    assert simulate(problem, smallest_schedule(Task(problem, 0, (), 0.0, None, 5.0)).schedule).peak_bytes == 500
 
 
 def test_least_peak_within_a_given_extra_time():
@@ -219,10 +239,10 @@ def test_who_asks_for_the_peak_that_an_error_named_gets_it(monkeypatch):
     problem = chain(11)  # too large for the exact program
     lucky = least_peak(problem).schedule
     plain = plain_schedule(problem)
-    monkeypatch.setattr(driver, "smallest_schedule", lambda *_: lucky)
+    monkeypatch.setattr(driver, "smallest_schedule", lambda *_: Answer(lucky))
     with pytest.raises(InfeasibleBudgetError) as caught:
         solve(problem, simulate(problem, lucky).peak_bytes - 1)
-    monkeypatch.setattr(driver, "smallest_schedule", lambda *_: plain)
+    monkeypatch.setattr(driver, "smallest_schedule", lambda *_: Answer(plain))
     monkeypatch.setitem(SOLVERS, "auto", lambda task: Answer(None))
     assert solve(problem, caught.value.min_budget_bytes).timeline.peak_bytes == caught.value.min_budget_bytes
 

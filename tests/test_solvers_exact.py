@@ -76,6 +76,26 @@ def test_what_presolve_must_not_cut_off():
     assert answer.proven
 
 
+def test_what_is_made_from_a_later_storage_may_be_read_in_the_same_stage():
+    """A part of what was joined later comes back in half a second, and what was made of it in one more."""
+    sizes = {"x": 1, "part": 10, "made": 10, "whole": 10, "large": 20, "g0": 1, "g1": 1, "g2": 1}
+    storages = tuple(Storage(name, size, "input" if name == "x" else "activation") for name, size in sizes.items())
+    part, made, whole, large, g0, g1, g2 = range(1, 8)
+    operators = (
+        Operator("part", (0,), (part,), 5.0),
+        Operator("made", (part,), (made,), 1.0),
+        Operator("whole", (part,), (whole,), 9.0),
+        Operator("large", (whole,), (large,), 9.0),
+        Operator("d_large", (large, whole), (g0,), 1.0),
+        Operator("d_whole", (whole, g0), (g1,), 1.0),
+        Operator("d_made", (made, g1), (g2,), 1.0),
+        Operator("part again", (whole,), (part,), 0.5),
+    )
+    problem = Problem(storages, operators, 4, 7, frozenset({g2}))
+    answer = milp(Task(problem, 36))
+    assert answer.proven and simulate(problem, answer.schedule).time_s - problem.plain_time_s == pytest.approx(1.5)
+
+
 def as_good_as_the_class(problem: Problem) -> Iterator[Solution]:
     """What `auto` finds at every budget that something fits, none of it worse than exhaustive search."""
     for budget_bytes, best_s in frontier(problem, ordered=True).items():

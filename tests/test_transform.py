@@ -686,8 +686,9 @@ def test_several_budgets_and_devices_from_one_capture(monkeypatch):
         assert tight.predicted_peak_bytes <= 0.8 * tight.baseline_peak_bytes
     with pytest.raises(fxmem.BudgetError, match="1.5"):
         fxmem.plans(ConvNet(), args, budgets=(0.5, 1.5))
-    with pytest.raises(fxmem.CostError, match="one cost model"):
-        fxmem.plans(ConvNet(), args, budgets=(0.5,), costs=())
+    for costs in ((), ("P100", "P100")):
+        with pytest.raises(fxmem.CostError, match="one cost model or more, each by another name"):
+            fxmem.plans(ConvNet(), args, budgets=(0.5,), costs=costs)
 
 
 def test_what_runs_behind_the_forward_is_of_the_backward():

@@ -4,8 +4,8 @@ gradient of the input, all of one size, are what many convolutional networks' le
 No channel's gradient depends on another channel. So the gradient of the input is made for some channels, from copies of these
 alone, and then written over the output's, or over the input, whichever nobody needs any more. PyTorch's kernels have no such
 form, and on a CPU take a temporary as large as the input besides. They treat channel after channel, so slices of channels give
-the same bits where they run by the same kernel: single pixels, channels-last and, on a GPU, single channels and what 32 bits
-cannot index have others, and nothing is offered.
+the same bits where they run by the same kernel: single pixels, single channels, channels-last and what 32 bits cannot index may
+have others, and nothing is offered, on any device.
 """
 
 from __future__ import annotations
@@ -33,14 +33,18 @@ def batch_norm_slices(node: fx.Node) -> Choice | None:
     if not (node.args[9][0] and x.numel() and gradient.is_contiguous() and x.is_contiguous()) or x.numel() >= LARGEST_INDEX:
         return None
     slices = _slices(x)
-    if x.dim() < 3 or x.stride(1) < 2 or len(slices) < 2 or any(end - begin < 2 for begin, end in slices):
+    if x.dim() < 3 or x.stride(1) < 2 or len(slices) < 2:
         return None
     return Choice(backward=Call(in_slices, node.args))
 
 
 def _slices(x: torch.Tensor) -> list[tuple[int, int]]:
+    """Ranges of channels of one size, but for the last; a single channel that would be left over goes with those before it."""
     channels = x.shape[1]
-    return list(chunks(channels, max(2, -(-channels // SLICES))))
+    found = list(chunks(channels, max(2, -(-channels // SLICES))))
+    if len(found) > 1 and found[-1][1] - found[-1][0] == 1:
+        found[-2:] = [(found[-2][0], channels)]
+    return found
 
 
 def _of_channels(begin: int, end: int, gradient, x, weight, mean, variance, save_mean, save_rstd, *rest) -> tuple:
@@ -85,8 +89,8 @@ def _parts_of(call: OpCall, begin: int, end: int) -> list[OpCall]:
 
 
 def _workspace(call: OpCall) -> int:
-    """Copies of the first channels, which are the most, what is made of them, and the kernel's own."""
-    inside = _parts_of(call, *_slices(call.args[1])[0])[0]
+    """Copies of the channels of the largest slice, what is made of them, and the kernel's own."""
+    inside = _parts_of(call, *max(_slices(call.args[1]), key=lambda channels: channels[1] - channels[0]))[0]
     copied_bytes = sum(t.nbytes for t in inside.args[:2]) if len(inside.args[1]) > 1 else 0  # of one image they lie together
     return copied_bytes + inside.new_output_bytes + workspace_bytes(inside)
 

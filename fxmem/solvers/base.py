@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ..errors import FxmemError, InfeasibleBudgetError
 from ..problem import Problem
@@ -150,6 +150,13 @@ def describe(overhead: float, bound: float, proven: bool, cut_short: str = "") -
 def with_reason(status: str, cut_short: str) -> str:
     """A status, and by what the search was cut short, where that matters."""
     return f"{status} ({cut_short})" if cut_short and status != "optimal" else status
+
+
+def interrupted(solution: Solution) -> Solution:
+    """The same, with a word of it that somebody interrupted the question that it answers."""
+    if solution.interrupted:
+        return solution
+    return replace(solution, interrupted=True, status=with_reason(solution.status, BY_INTERRUPT))
 
 
 def infeasible(problem: Problem, budget_bytes: int, least: Schedule) -> InfeasibleBudgetError:

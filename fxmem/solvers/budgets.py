@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from ..errors import InfeasibleBudgetError
 from ..problem import Problem
-from ..schedule import Schedule, plain_schedule, simulate
-from .base import BY_INTERRUPT, BY_TIME_LIMIT, Progress, Solution, Task, with_reason
+from ..schedule import Schedule, Timeline, plain_schedule, simulate
+from .base import BY_INTERRUPT, BY_TIME_LIMIT, Progress, Solution, Task, interrupted, with_reason
 from .bound import Relaxation
 from .driver import solve, solve_task
 from .minimum import NEARLY, annealed, smallest_schedule
@@ -19,7 +19,7 @@ from .state import least_possible_bytes
 
 SLIGHTLY = 0.02  # of a peak: so much more is taken where the least one costs more than TOO_MUCH times the extra time
 TOO_MUCH = 2.0
-DEAR = 0.5  # extra time of the least peak as it is met: below that, it is not bought at any price
+DEAR = 0.5  # extra time of the least peak as it is met: what costs less is worth no second search slightly above it
 LEAST_SHARE = 1 / 3  # of the time limit: for the least peak itself
 PROBES = 8  # budgets that are tried
 PROBE_SHARE = 3  # of the time that is left, each may take the third part, the last ones more
@@ -36,8 +36,8 @@ def least_peak(
     """The schedule with the least peak that is found, at the least extra time that is found for nearly that peak.
 
     The last thousandths of a peak are a few small storages that take whole layers to make again; so the answer may lie up to
-    NEARLY above the least peak that was met, and up to SLIGHTLY above it where that at least halves the extra time: what the
-    search for the least peak ends with may run everything many times over.
+    NEARLY above the least peak that was met, and, where that is DEAR, up to SLIGHTLY above it if that at least halves the extra
+    time: what the search for the least peak ends with may run everything many times over.
 
     max_overhead: among those that cost at most this extra time only (0.1: ten percent of the plain step).
     """
@@ -46,27 +46,52 @@ def least_peak(
     if max_overhead is not None:
         best = _least_within(task, max_overhead)
         return replace(best, solve_time_s=time.monotonic() - begin)
-    smallest = smallest_schedule(replace(task, deadline=begin + time_limit_s * LEAST_SHARE))
+    least = smallest_schedule(replace(task, deadline=begin + time_limit_s * LEAST_SHARE))
+    smallest = least.schedule
     reached, now = simulate(problem, smallest), time.monotonic()
+    if least.interrupted:
+        return _unproven(smallest, reached, now - begin)
     until = max(task.deadline, now + time_limit_s / 2)  # the peak alone may be found at any cost
-    near, low_bytes, dear = None, int(reached.peak_bytes * (1 + NEARLY)), reached.overhead > DEAR
+    found, low_bytes, dear = [], int(reached.peak_bytes * (1 + NEARLY)), reached.overhead > DEAR
     if dear:
         high_bytes = int(reached.peak_bytes * (1 + SLIGHTLY))
         near = _within(replace(task, deadline=now + (until - now) / 2), high_bytes, smallest, dear)
-        starts = (near.schedule, *starts)
+        starts, found = (near.schedule, *starts), [near]
         if near.interrupted or near.status == "optimal" and near.timeline.peak_bytes <= low_bytes:
             return replace(near, solve_time_s=time.monotonic() - begin)
-    best = _within(replace(task, starts=tuple(starts), deadline=until), low_bytes, smallest, dear)
-    best = near if near and near.timeline.overhead * TOO_MUCH < best.timeline.overhead else best
+    found.append(_within(replace(task, starts=tuple(starts), deadline=until), low_bytes, smallest, dear))
+    best = interrupted(least_of(found)) if found[-1].interrupted else least_of(found)
     return replace(best, solve_time_s=time.monotonic() - begin)
+
+
+def least_of(solutions: Iterable[Solution]) -> Solution:
+    """Of several answers, the one to "min": the one with the least extra time of those NEARLY as low as the lowest, or of those
+    SLIGHTLY above it, if that at least halves it."""
+    solutions = list(solutions)
+    low_bytes = min(s.timeline.peak_bytes for s in solutions)
+
+    def cheapest_within(part: float) -> Solution:
+        low_enough = (s for s in solutions if s.timeline.peak_bytes <= int(low_bytes * (1 + part)))
+        return min(low_enough, key=lambda s: (s.timeline.overhead, s.timeline.peak_bytes))
+
+    best, other = cheapest_within(NEARLY), cheapest_within(SLIGHTLY)
+    return other if other.timeline.overhead * TOO_MUCH <= best.timeline.overhead else best
+
+
+def _unproven(schedule: Schedule, timeline: Timeline, time_s: float) -> Solution:
+    """What was known when somebody interrupted the search."""
+    return interrupted(Solution(schedule, timeline, 0.0, "feasible", "auto", time_s))
 
 
 def _within(task: Task, budget_bytes: int, smallest: Schedule, dear: bool) -> Solution:
     """What is found within a budget near the least peak, from what reaches that at any price, annealed where it is dear."""
     task = replace(task, budget_bytes=budget_bytes, starts=(smallest, *task.starts))
-    if dear:
-        task = replace(task, starts=(annealed(task, smallest), *task.starts))
-    return solve_task(task)
+    if not dear:
+        return solve_task(task)
+    begin, cheap = time.monotonic(), annealed(task, smallest)
+    if cheap.interrupted:
+        return _unproven(cheap.schedule, simulate(task.problem, cheap.schedule), time.monotonic() - begin)
+    return solve_task(replace(task, starts=(cheap.schedule, *task.starts)))
 
 
 def frontier(
@@ -124,6 +149,7 @@ def _least_within(task: Task, max_overhead: float) -> Solution:
     if best.timeline.overhead > 0 and not cut_short:
         left_s, peak_bytes = task.deadline - time.monotonic(), best.timeline.peak_bytes
         best = solve_task(replace(task, budget_bytes=peak_bytes, starts=(best.schedule,), limit_s=left_s, with_peers=False))
+        cut_short = BY_INTERRUPT if best.interrupted else ""
     proven = best.timeline.peak_bytes <= impossible_bytes + NEARLY * plain_bytes
     return replace(best, status=with_reason("optimal" if proven else "feasible", cut_short))
 

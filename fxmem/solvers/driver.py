@@ -47,7 +47,7 @@ def solve(
 
     A solver that finds nothing is stood in for by "auto"; the status says so.
 
-    Raises InfeasibleBudgetError where no schedule that fits is found, with the peak that `least_peak` reaches; FxmemError for
+    Raises InfeasibleBudgetError where no schedule that fits is found, with the least peak that is reached; FxmemError for
     an unknown solver; KeyboardInterrupt where somebody interrupts it before it has a schedule that fits: later, it is the
     answer, and says so.
     """
@@ -66,23 +66,31 @@ def solve_task(task: Task, solver: str = "auto") -> Solution:
     if named:
         task = replace(task, starts=(*task.starts, named))
     if budget_bytes < least_possible_bytes(problem, compile_problem(problem)):
-        raise _refusal(task, smallest_schedule(task))
+        raise _refusal(task, _smallest(task))
     answer = function(task)
     found = judge(task, [answer.schedule, plain, *task.starts])
+    if found is None and answer.interrupted:
+        raise KeyboardInterrupt  # there is nothing to give
     if found is None and solver != "auto":
         instead = solve_task(task)
         note = f"{solver} found nothing that fits"
         return replace(instead, status=f"{instead.status} ({note})", log=(*answer.log, note, *instead.log))
     if found is None:
         met = (answer.smallest,) if answer.smallest else ()
-        if answer.interrupted:
-            raise KeyboardInterrupt  # there is nothing to give
         searched = met or not task.overtime
-        least = smallest_schedule(replace(task, starts=(*task.starts, *met)), 0.0 if searched else LEAST_EFFORT_S)
+        least = _smallest(replace(task, starts=(*task.starts, *met)), 0.0 if searched else LEAST_EFFORT_S)
         found = judge(task, [least])
         if found is None:
             raise _refusal(task, least)
     return _solution(task, replace(answer, schedule=found[0]), solver, begin)
+
+
+def _smallest(task: Task, effort_s: float = LEAST_EFFORT_S) -> Schedule:
+    """The schedule with the least peak that is found for an error to name. Raises KeyboardInterrupt."""
+    least = smallest_schedule(task, effort_s)
+    if least.interrupted:
+        raise KeyboardInterrupt
+    return least.schedule
 
 
 def _refusal(task: Task, least: Schedule) -> InfeasibleBudgetError:

@@ -6,9 +6,9 @@ MONeT's running sum with the whole forward's liveness: each storage has a chain 
 operator of the stage that makes or reads it, so it counts until its last use. Stated in cvxpy, solved by HiGHS.
 
 Exact within this class: before each backward operator, recompute in program order (a variant right after the last of the
-operators that make its inputs and outputs), each operator at most once. Recomputing earlier than needed is in the class;
-running one operator twice for one stage, or another order in a stage, is not. Operator implementations are MONeT's M[t, p]: one
-option for each backward operator, which needs only what that option reads.
+operators that make its outputs and the inputs that are made before them), each operator at most once. Recomputing earlier than
+needed is in the class; running one operator twice for one stage, or another order in a stage, is not. Operator implementations
+are MONeT's M[t, p]: one option for each backward operator, which needs only what that option reads.
 
 Cost: stages x (storages + operators) binaries. Proves optimality up to some 2,000 of them in seconds.
 """

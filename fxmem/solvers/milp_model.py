@@ -18,7 +18,8 @@ Row = tuple[dict[int, float], float]  # sum of coefficient x variable <= bound
 
 
 def slots(compiled: Compiled) -> list[int]:
-    """The order in which a stage recomputes: program order, a variant right after the last maker of its inputs and outputs."""
+    """The order in which a stage recomputes: program order, a variant right after the last maker of its inputs and outputs, but
+    for inputs that the forward makes later than these: they have to be carried."""
     problem = compiled.problem
     first = {s: makers[0] for s, makers in enumerate(problem.producers) if makers and makers[0] < problem.num_program}
 
@@ -26,7 +27,9 @@ def slots(compiled: Compiled) -> list[int]:
         if p < problem.num_forward:
             return p, 0
         operator = problem.operators[p]
-        return max((first[s] for s in (*operator.inputs, *operator.outputs) if s in first), default=0), p
+        late = {compiled.storages[k] for k in members(compiled.late_inputs[p])}
+        read = {*operator.inputs, *operator.outputs} - late
+        return max((first[s] for s in read if s in first), default=0), p
 
     return sorted(compiled.recomputes, key=place)
 

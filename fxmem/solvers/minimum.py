@@ -10,7 +10,7 @@ import time
 from dataclasses import replace
 
 from ..schedule import Schedule, simulate
-from .base import Task
+from .base import Answer, Task
 from .pool import Pool
 from .search import advice_packed, better, cheaper, first_states, squeeze
 from .stages import compile_problem
@@ -21,7 +21,7 @@ PACKING_SHARE = 3  # of the time: where it does not get there, the walk from the
 LEAST_EFFORT_S = 10.0  # spent on it where the time limit has passed already: an error that names a peak should name a good one
 
 
-def smallest_schedule(task: Task, effort_s: float = LEAST_EFFORT_S) -> Schedule:
+def smallest_schedule(task: Task, effort_s: float = LEAST_EFFORT_S) -> Answer:
     """The schedule with the least peak that the search meets, whatever it costs; or one that is NEARLY as low as any can be, or
     within the task's budget.
 
@@ -40,15 +40,18 @@ def smallest_schedule(task: Task, effort_s: float = LEAST_EFFORT_S) -> Schedule:
             if packed.smallest_bytes > enough_bytes and not packed.interrupted:
                 best = squeeze(task, compiled, floor_bytes, best, pool, deadline)
             best = better([best, packed])
-    schedules = [State(compiled, floor_bytes, list(best.smallest)).schedule(), *task.starts]
-    return min(schedules, key=lambda schedule: simulate(task.problem, schedule).peak_bytes)
+    wishes = best.desired or best.smallest  # the cheapest of those that are low enough, where any is
+    schedules = [State(compiled, floor_bytes, list(wishes)).schedule(), *task.starts]
+    schedule = min(schedules, key=lambda schedule: simulate(task.problem, schedule).peak_bytes)
+    return Answer(schedule, interrupted=best.interrupted)
 
 
-def annealed(task: Task, schedule: Schedule) -> Schedule:
+def annealed(task: Task, schedule: Schedule) -> Answer:
     """A schedule within the task's budget, at less extra time: what the search for the least peak ends with runs much several
     times for nothing, which packing, one move at a time, takes long to see."""
     compiled = compile_problem(task.problem)
     state = State(compiled, task.budget_bytes, desires(compiled, schedule))
     with Pool(len(compiled.stages)) as pool:
         best = cheaper(task, compiled, state, pool)
-    return State(compiled, task.budget_bytes, list(best.desired)).schedule() if best.desired else schedule
+    found = State(compiled, task.budget_bytes, list(best.desired)).schedule() if best.desired else schedule
+    return Answer(found, interrupted=best.interrupted)

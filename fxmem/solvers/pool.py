@@ -55,7 +55,7 @@ class Pool:
         here = _anneal_all(runs[::2] if away else runs, deadline, progress)
         if not away:
             return here
-        interrupted = any(i.stopped for i in here) and time.monotonic() < deadline
+        interrupted = any(i.interrupted for i in here)
         try:
             thread.join(1.0 if interrupted else _patience(deadline))
         except KeyboardInterrupt:
@@ -112,8 +112,8 @@ def _anneal_all(runs: Sequence[Run], deadline: float, progress: Progress | None 
     """One run after the other; after one that was interrupted, none."""
     found: list[Incumbent] = []
     for run in runs:
-        interrupted = bool(found) and found[-1].stopped and time.monotonic() < deadline
-        found.append(Incumbent(stopped=True) if interrupted else anneal(run, deadline, progress))
+        interrupted = bool(found) and found[-1].interrupted
+        found.append(Incumbent(stopped=True, interrupted=True) if interrupted else anneal(run, deadline, progress))
     return found
 
 

@@ -13,12 +13,14 @@ from fxmem.schedule import plain_schedule, simulate
 
 def slots(problem: Problem) -> dict[int, int]:
     """The place of each forward operator and variant in the order in which one stage recomputes: program order, a variant
-    right after the last of the operators that make its inputs and outputs."""
+    right after the last of the operators that make its outputs, and the inputs that are not made later than these."""
     first = {s: makers[0] for s, makers in enumerate(problem.producers) if makers and makers[0] < problem.num_program}
     key = {p: (p, 0) for p in problem.forward}
     for p in (*problem.variants, *problem.encoders):
         operator = problem.operators[p]
-        key[p] = (max((first[s] for s in (*operator.inputs, *operator.outputs) if s in first), default=0), p)
+        made = [first[s] for s in operator.outputs if s in first]
+        read = [first[s] for s in operator.inputs if s in first]
+        key[p] = (max([*made, *(place for place in read if not made or place <= min(made))], default=0), p)
     return {p: place for place, p in enumerate(sorted(key, key=key.__getitem__))}
 
 

@@ -110,3 +110,17 @@ def chain(length: int, *, size_bytes: int = 10, time_s: float = 1.0) -> Problem:
         Operator(f"b{k}", (k, k + 1, first_gradient + k + 1), (first_gradient + k,), time_s) for k in reversed(range(length))
     ]
     return Problem(tuple(storages), tuple(operators), length, len(operators), frozenset({first_gradient}))
+
+
+def two_gradients(weight_bytes: int) -> Problem:
+    """x -> y -> (end); backward: gradient of the input from dy, then that of the weight from dy and x, then one of the input's
+    alone. Activations of 10 bytes."""
+    sizes = {"w": 1, "x": 10, "dy": 10, "dx": 10, "dw": weight_bytes, "dz": 10}
+    names = list(sizes)
+    storages = tuple(Storage(name, size, "parameter" if name == "w" else "activation") for name, size in sizes.items())
+    steps = {"x": "w", "end": "x", "dy": "x", "dx": "dy", "dw": "dy x", "dz": "dx"}
+    operators = tuple(
+        Operator(made, tuple(names.index(r) for r in read.split()), (names.index(made),) if made in names else ())
+        for made, read in steps.items()
+    )
+    return Problem(storages, operators, 2, 6, frozenset({names.index("dw"), names.index("dz")}))
