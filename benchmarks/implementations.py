@@ -120,7 +120,7 @@ def _promised(plan: Plan | InfeasibleBudgetError) -> dict:
         "peak_bytes": plan.predicted_peak_bytes,
         "extra_time": plan.predicted_overhead,
         "bound": plan.lower_bound_overhead,
-        "chosen": sum(p in _alternatives(plan.problem) for p in plan.solution.schedule.steps),
+        "chosen": len(_alternatives(plan.problem).intersection(plan.solution.schedule.steps)),
     }
 
 

@@ -35,7 +35,7 @@ LEAST_ERROR = 16 * torch.finfo(torch.float64).eps  # that counts as the plain op
 class ImplementationCheck:
     """What `check_implementation` found.
 
-    places: backward operators that the implementation ran for. is_bitwise: outputs and gradients equal the plain module's, bit
+    places: operators that the implementation ran for. is_bitwise: outputs and gradients equal the plain module's, bit
     for bit. error, plain_error: largest difference from float64, relative to the largest value, with and without it.
     predicted_peak_bytes, measured_peak_bytes: of the step.
     """

@@ -39,7 +39,7 @@ def lower(graph_module: fx.GraphModule, order: Sequence[int] | None = None) -> L
     nodes = sorted((n for n in made if "fxmem_offers" not in n.meta), key=is_backward)
     # Stable: what the backward computes without tangents may stand anywhere.
     written = {n.meta["fxmem_writes"] for n in nodes if "fxmem_writes" in n.meta}
-    returned = set(_returned(graph_module, ("output", "output_only", "gradient"), infos))
+    returned = set(_returned(graph_module, ("output", "output_only", "gradient")))
     operators = [_operator(node, infos, written, returned) for node in nodes]
     forward_end = sum(not is_backward(n) for n in nodes)
     operators.insert(forward_end, _return_operator(graph_module, infos))
@@ -114,16 +114,16 @@ def _storage(info: StorageInfo) -> Storage:
 
 def _outputs(graph_module: fx.GraphModule, infos: tuple[StorageInfo, ...]) -> frozenset[int]:
     """Storages that outlive the step and are not there from the start: gradients, and outputs that the backward starts from."""
-    return frozenset(s for s in _returned(graph_module, ("gradient", "output"), infos) if not infos[s].is_input)
+    return frozenset(s for s in _returned(graph_module, ("gradient", "output")) if not infos[s].is_input)
 
 
 def _return_operator(graph_module: fx.GraphModule, infos: tuple[StorageInfo, ...]) -> Operator:
     """The end of the forward: every output is there. Those that get no gradient may die here: a training step drops them."""
-    inputs = _returned(graph_module, ("output", "output_only"), infos)
+    inputs = _returned(graph_module, ("output", "output_only"))
     return Operator("return", tuple(dict.fromkeys(inputs)), (), recomputable=False)
 
 
-def _returned(graph_module: fx.GraphModule, kinds: tuple[str, ...], infos: tuple[StorageInfo, ...]) -> list[int]:
+def _returned(graph_module: fx.GraphModule, kinds: tuple[str, ...]) -> list[int]:
     """Storages of the graph's results whose roles are of the given kinds, where no roles are known of all."""
     output = graph_module.graph.output_node()
     roles = output.meta.get("fxmem_roles")

@@ -8,8 +8,8 @@ what was said to wait behind what it waits for, computes the same. `candidates` 
   scheduling as for registers, Sethi and Ullman 1970; Steiner et al. 2023, OLLA, solve the same question as a program);
 - *early gradients*: what makes nothing but results of the step, gradients of parameters above all, runs as soon as it can, so
   that the activation that it reads dies there; everything else as in the trace;
-- *late gradients*: the same, but results that are larger than all that is read for them wait for the end of the step, as the
-  gradients of weights do that outweigh their layers' activations;
+- *late gradients*: the same, but results that are larger than all that only waits for them (what is read for them and dies in
+  the backward) are made at the end of the step, as the gradients of weights that outweigh their layers' activations;
 - on small graphs the order of the least plain peak, by a complete search.
 """
 
@@ -193,7 +193,7 @@ class _Phase:
     def extra_bytes(self, p: int, done: int) -> int:
         """Bytes alive while `p` runs beyond those before it."""
         operator = self.problem.operators[p]
-        pair = inplace_pair(self.problem, operator, self.dying(p, done))
+        pair = inplace_pair(operator, self.dying(p, done))
         saved = min(self.sizes[pair[0]], self.sizes[pair[1]]) if pair else 0
         return sum(self.sizes[s] for s in operator.outputs) - saved + operator.workspace_bytes
 

@@ -69,7 +69,7 @@ def simulate(problem: Problem, schedule: Schedule) -> Timeline:
             raise ProblemError(f"step {step} runs {operator.name!r}, but its input {storages[missing[0]].name!r} is not alive")
         again = [s for s in operator.outputs if s in alive]  # a kept output is made a second time, and dropped at once
         made_bytes = sum(sizes[s] for s in operator.outputs)
-        pair = inplace_pair(problem, operator, dies[step], again)
+        pair = inplace_pair(operator, dies[step], again)
         saved_bytes = min(sizes[pair[0]], sizes[pair[1]]) if pair else 0
         now = live_bytes + made_bytes - saved_bytes + operator.workspace_bytes
         alive.update(operator.outputs)
@@ -94,9 +94,7 @@ def simulate(problem: Problem, schedule: Schedule) -> Timeline:
     )
 
 
-def inplace_pair(
-    problem: Problem, operator: Operator, dying: Container[int], again: Container[int] = ()
-) -> tuple[int, int] | None:
+def inplace_pair(operator: Operator, dying: Container[int], again: Container[int] = ()) -> tuple[int, int] | None:
     """The (input, output) pair that `operator` runs in place when the storages in `dying` die in it, or None.
 
     What is fixed or lives to the end never dies, so it is never written over. `again`: outputs that are alive already.

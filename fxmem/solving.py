@@ -84,7 +84,7 @@ def choose_program(
     size_bytes = None if budget.is_free else budget.resolve(plain_peak_bytes)
     worth_solving, floors = [0] if budget.is_free else _worth_solving(problems, size_bytes, deadline), {}
     if budget.least:
-        floors = {n: least_possible_bytes(problems[n], compile_problem(problems[n])) for n in worth_solving}
+        floors = {n: least_possible_bytes(compile_problem(problems[n])) for n in worth_solving}
         worth_solving.sort(key=floors.__getitem__)
     for already, number in enumerate(worth_solving):
         problem, slower = problems[number], _slower(problems[number], problems[0])
@@ -173,7 +173,7 @@ def _promised(problem: Problem, budget_bytes: int | None, deadline: float) -> tu
     """The least possible peak of an order, and, by the linear relaxation, the least extra time within a budget (None where that
     takes long); without one, the plain peak. NOTHING_BETTER where everything fits."""
     compiled, plain_bytes = compile_problem(problem), simulate(problem, plain_schedule(problem)).peak_bytes
-    floor_bytes = least_possible_bytes(problem, compiled)
+    floor_bytes = least_possible_bytes(compiled)
     if budget_bytes is None:
         return floor_bytes, plain_bytes
     if plain_bytes <= budget_bytes:

@@ -132,14 +132,14 @@ def test_bounds_hold_for_any_schedule(seed):
         assert bound_s <= best_s + 1e-6
         lifted_s = bound_s if math.isinf(bound_s) else lift(compiled, budget_bytes, bound_s, math.inf, 120, math.inf, [])
         assert bound_s <= lifted_s and (math.isinf(bound_s) or lifted_s <= best_s + 1e-6)
-        assert math.isinf(best_s) or least_possible_bytes(problem, compiled) <= budget_bytes
+        assert math.isinf(best_s) or least_possible_bytes(compiled) <= budget_bytes
 
 
 @some(10)
 @given(seeds)
 def test_no_schedule_exists_where_one_is_refused_below_the_floor(seed):
     problem = small_problem(seed)
-    floor_bytes = least_possible_bytes(problem, compile_problem(problem))
+    floor_bytes = least_possible_bytes(compile_problem(problem))
     assert math.isinf(least_time_s(problem, floor_bytes - 1, ordered=False))
     with pytest.raises(InfeasibleBudgetError) as caught:
         solve(problem, floor_bytes - 1)

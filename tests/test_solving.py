@@ -81,7 +81,7 @@ def test_an_order_in_which_all_fits_is_solved_alone():
         problem = random_problem(rng)
         other = reordered(problem, largest_decrease_first(problem))
         plain_bytes, fits_bytes = (simulate(p, plain_schedule(p)).peak_bytes for p in (problem, other))
-        if least_possible_bytes(problem, compile_problem(problem)) < fits_bytes < plain_bytes:
+        if least_possible_bytes(compile_problem(problem)) < fits_bytes < plain_bytes:
             assert _worth_solving([problem, other], fits_bytes) == [1]
             assert _worth_solving([other, problem], fits_bytes) == [0]
             count += 1

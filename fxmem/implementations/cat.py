@@ -22,7 +22,7 @@ from .operators import define, define_inplace, in_usual_format
 
 aten = torch.ops.aten
 CAT = aten.cat.default
-LEAST_BYTES = 1 << 21  # of the whole: every choice more makes plans take longer
+LEAST_BYTES = 1 << 21  # of a concatenation: every choice more makes plans take longer
 FROM_OUTPUT = {  # gradients that read the output, and what their operators are given beside it
     aten.threshold_backward.default: ", Scalar threshold",
     aten.sigmoid_backward.default: "",

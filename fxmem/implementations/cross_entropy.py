@@ -39,7 +39,7 @@ def chunked_cross_entropy(node: fx.Node) -> Rewrite | None:
     if not gradients or not _saves(head):
         return None
     transposed = gradients.get("weight") is not None and gradients["weight"].args[1] is not head.x
-    logits = head.logits if _is_read_elsewhere(head, node) else None
+    logits = head.logits if _is_read_elsewhere(head) else None
     flags = [gradients.get(what) is not None for what in ("x", "weight", "bias")]
     args = (head.x, head.weight, head.bias, logits, head.targets, head.ignored, head.mean, flags, transposed, head.dtype)
     made: dict[fx.Node, Result | Call] = {head.loss: Result(0)}
@@ -141,7 +141,7 @@ def _transposes(node: fx.Node, other: fx.Node) -> bool:
     return node.target is aten.t.default and node.args[0] is other
 
 
-def _is_read_elsewhere(head: _Head, node: fx.Node) -> bool:
+def _is_read_elsewhere(head: _Head) -> bool:
     """Whether anything but this loss reads the logits."""
     pending = [head.logits]
     while pending:

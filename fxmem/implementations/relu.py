@@ -74,7 +74,7 @@ def leaky_relu_bits(node: fx.Node) -> Choice | None:
 
 @register_implementation("leaky_relu_output", aten.leaky_relu_backward.default)
 def leaky_relu_output(node: fx.Node) -> Choice | None:
-    """The output, where something else keeps it: with a slope that is not negative it has the input's sign."""
+    """The output, where something else keeps it: with a slope above zero it has the input's sign."""
     gradient, x, slope, is_result = node.args
     result = next((u for u in x.users if u.target is aten.leaky_relu.default and (u.args[1:] or (0.01,)) == (slope,)), None)
     if result is None or is_result or slope <= 0:

@@ -13,7 +13,7 @@ ShapeProp       fake values and storages of every node
 OwnGradients    gradients in storages of their own
 Liveness        first and last uses, bytes alive
 MarkRegions     where the chain of regions is cut
-OfferImplementations   other ways to run backward operators, for the solver to choose from
+OfferImplementations   other ways to run operators, for the solver to choose from
 MarkInplace     which operators may write over an operand
 Costs           seconds and workspace of every node
 Reorder         the backward in an order that needs less memory

@@ -20,7 +20,7 @@ from ..solvers.stages import compile_problem
 from ..solvers.state import least_possible_bytes
 from .base import Pass
 
-NEARLY = 0.01  # of a peak: floors that are as good as equal
+EQUAL_FLOORS = 0.01  # of a peak: floors this near are as good as equal
 
 
 class Reorder(Pass):
@@ -56,8 +56,8 @@ def better_order(lowered: Lowered) -> Order | None:
     problem = replace(lowered.problem, operators=operators)
     found = candidates(problem, order_constraints(lowered))
     problems = {name: reordered(problem, order) for name, order in found.items()}
-    floors = {name: least_possible_bytes(p, compile_problem(p)) for name, p in problems.items()}
-    lowest_bytes = min(floors.values()) * (1 + NEARLY)
+    floors = {name: least_possible_bytes(compile_problem(p)) for name, p in problems.items()}
+    lowest_bytes = min(floors.values()) * (1 + EQUAL_FLOORS)
     worthwhile = found if floors["trace"] <= lowest_bytes else [name for name in found if floors[name] <= lowest_bytes]
 
     def need(name: str) -> tuple[int, int]:

@@ -96,7 +96,7 @@ class _Plainly:
             return self.found, False
         self.asked = True
         compiled, budget_bytes, now = compile_problem(problem), self.task.budget_bytes, time.monotonic()
-        if budget_bytes < least_possible_bytes(problem, compiled):
+        if budget_bytes < least_possible_bytes(compiled):
             return [], False
         deadline, log = now + (self.task.deadline - now) / 2, []
         bound_s = lower_bound(compiled, budget_bytes, deadline, log)

@@ -209,7 +209,7 @@ def _crossing(low_overhead: float, high_overhead: float, max_overhead: float) ->
 def _ruled_out(problem: Problem, max_overhead: float, high_bytes: int, deadline: float) -> int:
     """A budget that no schedule of that extra time can meet, nearly the largest that the one-window bound tells."""
     compiled, most_s = compile_problem(problem), max_overhead * problem.plain_time_s * (1 + 1e-5)
-    low_bytes = least_possible_bytes(problem, compiled) - 1
+    low_bytes = least_possible_bytes(compiled) - 1
     if Relaxation(compiled, high_bytes).takes_long:
         return low_bytes
     while high_bytes - low_bytes > 1 + high_bytes // 256 and time.monotonic() < deadline:

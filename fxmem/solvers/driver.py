@@ -65,7 +65,7 @@ def solve_task(task: Task, solver: str = "auto") -> Solution:
     named = _named.get(problem) if solver == "auto" else None
     if named:
         task = replace(task, starts=(*task.starts, named))
-    if budget_bytes < least_possible_bytes(problem, compile_problem(problem)):
+    if budget_bytes < least_possible_bytes(compile_problem(problem)):
         raise _refusal(task, _smallest(task))
     answer = function(task)
     found = judge(task, [answer.schedule, plain, *task.starts])

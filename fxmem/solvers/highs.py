@@ -64,7 +64,6 @@ class Outcome:
     status: str
     x: np.ndarray | None
     bound: float
-    nodes: int = 0
 
 
 def minimize(
@@ -158,5 +157,5 @@ def _outcome(solver, integral: bool) -> Outcome:
     if status == "infeasible":
         return Outcome(status, None, math.inf)
     if integral:
-        return Outcome(status, x, info.mip_dual_bound, info.mip_node_count)
+        return Outcome(status, x, info.mip_dual_bound)
     return Outcome(status, x, info.objective_function_value if status == "optimal" else -math.inf)

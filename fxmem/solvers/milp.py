@@ -82,7 +82,7 @@ def _solve(task: Task, compiled: Compiled, budget_bytes: int, most_overhead: flo
         milp_model.forward_fits(v, budget_bytes),
         milp_model.stages_fit(v, budget_bytes),
     )
-    constraints = [c for rows in families for c in _rows(cp, list(rows), v, binary, real)]
+    constraints = [c for rows in families for c in _rows(list(rows), v, binary, real)]
     unit_s = task.problem.plain_time_s or 1.0
     cost = np.zeros(v.choices)
     for (_, j), variable in v.run.items():
@@ -114,7 +114,7 @@ def _solve(task: Task, compiled: Compiled, budget_bytes: int, most_overhead: flo
     return (PROVEN if program.status == cp.OPTIMAL else LIMIT), milp_model.read_schedule(v, binary.value), bound
 
 
-def _rows(cp, rows: list[milp_model.Row], v: milp_model.Variables, binary, real) -> list:
+def _rows(rows: list[milp_model.Row], v: milp_model.Variables, binary, real) -> list:
     """A family of rows as one cvxpy constraint."""
     import scipy.sparse as sparse
 

@@ -28,7 +28,7 @@ def smallest_schedule(task: Task, effort_s: float = LEAST_EFFORT_S) -> Answer:
     effort_s: seconds to search at least, even behind the task's deadline.
     """
     compiled = compile_problem(task.problem)
-    floor_bytes = least_possible_bytes(task.problem, compiled)
+    floor_bytes = least_possible_bytes(compiled)
     enough_bytes = max(task.budget_bytes, int(floor_bytes * (1 + NEARLY)))
     task = replace(task, budget_bytes=floor_bytes)
     best = first_states(task, compiled, floor_bytes)

@@ -184,7 +184,7 @@ def compile_problem(problem: Problem, *, merged: bool = True) -> Compiled:
     late = {p: _late_inputs(problem, p, bit) for p in again}
     by_time = (sorted((recomputes[p].time_s, p) for p in problem.producers[s] if p in recomputes) for s in storages)
     makers = tuple(tuple(p for _, p in timed) for timed in by_time)
-    stages, small, unsure = _stages(problem, bit, merged), _small(problem, sizes), _unsure(makers, late)
+    stages, small, unsure = _stages(problem, bit, merged), _small(sizes), _unsure(makers, late)
     optional = _optional(makers, stages, unsure) & ~small
     return Compiled(
         problem=problem,
@@ -278,7 +278,7 @@ def _optional(makers: tuple[tuple[int, ...], ...], stages: tuple[Stage, ...], un
     return unsure & (some_time | avoidable)
 
 
-def _small(problem: Problem, sizes: tuple[int, ...]) -> int:
+def _small(sizes: tuple[int, ...]) -> int:
     allowance = ALWAYS_KEPT_FRACTION * sum(sizes)
     bits = 0
     for k in sorted(range(len(sizes)), key=sizes.__getitem__):

@@ -11,7 +11,6 @@ from functools import reduce
 from itertools import accumulate
 from operator import add, or_
 
-from ..problem import Problem
 from ..schedule import Schedule, forward_length
 from .stages import Compiled, members
 from .walks import Walks
@@ -302,7 +301,7 @@ def desires(compiled: Compiled, schedule: Schedule) -> list[int]:
     return found
 
 
-def least_possible_bytes(problem: Problem, compiled: Compiled) -> int:
+def least_possible_bytes(compiled: Compiled) -> int:
     """Bytes below which no schedule in program order goes: each operator alone, with what lives beside it in every schedule."""
     low = 0
     for stage in compiled.stages:
