@@ -27,12 +27,13 @@ _PLACES = {
 }  # fmt: skip
 _PLACE_OF = {name: place for place, names in _PLACES.items() for name in names}
 
-__all__ = [*sorted(_PLACE_OF), "passes"]
+_PACKAGES = ("implementations", "memory", "passes", "solvers")
+__all__ = [*sorted(_PLACE_OF), *_PACKAGES]
 
 
 def __getattr__(name: str):
-    if name == "passes":
-        return importlib.import_module(f"{__name__}.passes")
+    if name in _PACKAGES:
+        return importlib.import_module(f"{__name__}.{name}")
     if name in _PLACE_OF:
         value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_PLACE_OF[name]}"), name)
         return value

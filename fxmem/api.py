@@ -160,9 +160,11 @@ def frontier(
     peers: names of other solvers whose plans within the same budgets are to stand beside them; one that is better, where time
         was short, takes the place of a Plan. Otherwise as for `plan`.
     """
-    if not isinstance(points, int) or points < 1:
+    if isinstance(points, bool) or not isinstance(points, int) or points < 1:
         raise BudgetError(f"points={points!r} was given; a frontier has one point or more")
     check_time_limit(time_limit_s)
+    if isinstance(peers, str):
+        raise FxmemError(f"peers={peers!r} was given; give a tuple of solvers' names, as in peers=({peers!r},)")
     for name in peers:
         find_solver(name)
     graph_options = _graph_options(output_gradients, implementations, exactness, inplace, recompute)
@@ -258,6 +260,8 @@ def _example_call(
         args = example_inputs_of(module)
     if isinstance(args, torch.Tensor):
         raise CaptureError("example_inputs is a tensor; give a tuple of the module's arguments, as in example_inputs=(x,)")
+    if isinstance(args, Mapping):
+        raise CaptureError("example_inputs is a dict; give keyword arguments as example_kwargs, or a dict argument as (it,)")
     try:
         check_inputs(tuple(args or ()), kwargs or {})
         return module, *canonical_call(module, tuple(args or ()), kwargs or {})

@@ -195,17 +195,25 @@ def _fake_state(mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _fake_inputs(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """The inputs as fake tensors on the module's device, with shapes, strides, storages and requires_grad as given."""
+    """The inputs as fake tensors on the module's device, with shapes, strides, storages and requires_grad as given.
+
+    A tensor that is given twice becomes two, each with bytes of its own: a plan is one for other values, too, which need not be
+    the same for both arguments.
+    """
     tensors = [
         t for t in (*module.parameters(), *module.buffers(), *pytree.tree_leaves((args, kwargs))) if isinstance(t, torch.Tensor)
     ]
     device = next((t.device for t in tensors if not t.is_meta), torch.device("cpu"))
     mode = next((t.fake_mode for t in tensors if isinstance(t, FakeTensor)), None) or FakeTensorMode()
-    copies = FakeCopies(mode, meta_as=device)
+    copies, seen = FakeCopies(mode, meta_as=device), set()
 
     def fake(leaf):
-        is_ours = not isinstance(leaf, torch.Tensor) or (isinstance(leaf, FakeTensor) and leaf.fake_mode is mode)
-        return leaf if is_ours else copies.convert(leaf)
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        if id(leaf) in seen:
+            return FakeCopies(mode, meta_as=device).convert(leaf)
+        seen.add(id(leaf))
+        return leaf if isinstance(leaf, FakeTensor) and leaf.fake_mode is mode else copies.convert(leaf)
 
     return pytree.tree_map(fake, (args, kwargs))
 

@@ -61,16 +61,19 @@ def check_implementation(
     memory than was promised.
     """
     choose_implementations((name,), "accurate")
+    if isinstance(example_inputs, torch.Tensor):
+        raise ImplementationError("example_inputs is a tensor; give a tuple of the module's arguments, as in (x,)")
     args, kwargs = canonical_call(module, tuple(example_inputs), example_kwargs or {})
     plain = copy.deepcopy(module)
+    expected = _values(plain, args, kwargs)
     planned, places = force(name, copy.deepcopy(module), args, kwargs)
     if not places:
-        raise ImplementationError(
-            f"implementation {name!r} applies nowhere in {type(module).__name__}: it serves "
-            f"{', '.join(str(target) for target in IMPLEMENTATIONS[name].serves)}, and gave no Choice for any of them"
-        )
-    measured_bytes = measure(planned, args, kwargs).peak_bytes
-    values, expected = _values(planned, args, kwargs), _values(plain, args, kwargs)
+        raise ImplementationError(_why_nowhere(name, module, args, kwargs))
+    try:
+        measured_bytes = measure(planned, args, kwargs).peak_bytes
+        values = _values(planned, args, kwargs)
+    except Exception as error:
+        raise ImplementationError(f"implementation {name!r} fails when it runs: {error}") from error
     exact = _values(*_as_float64((copy.deepcopy(module), args, kwargs)))
     bitwise = len(values) == len(expected) and all(map(_same, values, expected))
     found = ImplementationCheck(
@@ -92,6 +95,16 @@ def force(name: str, module: nn.Module, args: tuple, kwargs: dict) -> tuple[Plan
     joint = Rematerialize(solution=solution)(prepared.captured.joint).graph_module
     parts = partition(joint.graph, joint.meta["fxmem_regions"])
     return assemble(module, prepared.captured, parts, args, kwargs, plan, _no_other_shapes), places
+
+
+def _why_nowhere(name: str, module: nn.Module, args: tuple, kwargs: dict) -> str:
+    joint = prepare(module, args, kwargs, "roofline", "all", (name,), "accurate", everywhere=True).captured.joint
+    model, serves = type(module).__name__, IMPLEMENTATIONS[name].serves
+    found = f"implementation {name!r} applies nowhere in {model}: it serves {', '.join(map(str, serves))}, "
+    if not any(node.target in serves for node in joint.graph.nodes):
+        return f"{found}which the step does not run: give a module that uses one of them, where it needs a gradient"
+    refused = joint.meta["fxmem_not_offered"].get(name)
+    return found + (f"and what it gave is not offered: {refused}" if refused else "and gave no Choice for any of them")
 
 
 def _no_other_shapes(*_: Any, **__: Any) -> PlannedModule:

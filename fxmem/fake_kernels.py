@@ -1,6 +1,7 @@
-"""Fake tensors whose strides are those that the CPU's kernels give, in dimensions of size one too.
+"""Fake tensors whose strides, sizes and types are those that the CPU's kernels give, in dimensions of size one too.
 
-PyTorch's fake operators promise shapes and types; strides they get right for the usual layouts. But kernels, decompositions and
+PyTorch's fake operators promise shapes and (of all but batch norm's statistics) types; strides they get right for the usual
+layouts. But kernels, decompositions and
 autograd's formulas read memory formats off strides, those of dimensions of size one included, and choose by them what is
 copied and in which order sums are taken: a captured graph rounds as the plain module does only where fake strides are the
 real ones.
@@ -42,6 +43,8 @@ class FakeTensorMode(TorchFakeTensorMode):
             result, bag_of, bag_sizes, *rest = made
             longer = bag_of.numel() and bag_of.numel() + 1  # it is made with one more, which is then cut off
             return result, self._shrunk(bag_of, longer), self._shrunk(bag_sizes, args[2].numel()), *rest
+        if func is aten._native_batch_norm_legit_functional.default and made[0].device.type == "cpu":
+            return self._of_types(made, _statistics_types(*args[:5]))
         kwargs = kwargs or {}
         if func in VIEWS:
             return self._viewed(made, args[0])
@@ -71,12 +74,25 @@ class FakeTensorMode(TorchFakeTensorMode):
             return made
         return super().dispatch(aten.as_strided.default, (), (base, list(made.shape), list(strides), base.storage_offset()))
 
+    def _of_types(self, made: tuple, dtypes: tuple) -> tuple:
+        return tuple(
+            t if t.dtype is dtype else super(FakeTensorMode, self).dispatch(aten.empty_like.default, (), (t,), {"dtype": dtype})
+            for t, dtype in zip(made, dtypes, strict=True)
+        )
+
     def _shrunk(self, tensor: torch.Tensor, count: int) -> torch.Tensor:
         """The tensor as the first part of `count` elements, which the CPU's kernel took for it before it knew its size."""
         if tensor.device.type != "cpu" or count <= tensor.numel():
             return tensor
         whole = super().dispatch(aten.empty.memory_format, (), ([count],), {"dtype": tensor.dtype, "device": tensor.device})
         return super().dispatch(aten.as_strided.default, (), (whole, list(tensor.shape), list(tensor.stride())))
+
+
+def _statistics_types(x, weight, bias, mean, variance) -> tuple:
+    """Of a batch norm's results on the CPU: in half precision, statistics are wide only where weights or running ones are."""
+    others = {t.dtype for t in (weight, bias, mean, variance) if t is not None}
+    saved = torch.float32 if torch.float32 in others else x.dtype
+    return x.dtype, saved, saved, mean.dtype, variance.dtype
 
 
 class FakeCopies:

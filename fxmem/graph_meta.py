@@ -14,6 +14,7 @@ from .errors import CaptureError
 from .torch_internals import OpOverload, is_view_operator
 
 TORCH_FOLDER = os.path.dirname(torch.__file__) + os.sep
+TRACER_FOLDER = os.path.join(TORCH_FOLDER, "_dynamo")
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,10 @@ def line_of(node: fx.Node) -> str:
 
 
 def _frames(node: fx.Node) -> list[tuple[str, str]]:
-    """Files and lines of the user's calls that led to a node, the innermost last; code that fx has generated is in no file."""
+    """Files and lines of the user's calls that led to a node, the innermost last; code that fx has generated is in no file, and
+    of the tracer's own nobody wants to know."""
     frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
-    return [(path, line) for path, line in frames if not path.startswith("<eval_with_key>")]
+    return [(path, line) for path, line in frames if not path.startswith(("<eval_with_key>", TRACER_FOLDER))]
 
 
 def clean_path(path: str) -> str:

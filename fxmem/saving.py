@@ -47,6 +47,8 @@ def save_plan(plan: Plan, path: str | os.PathLike) -> None:
 
 def write_whole(path: str | os.PathLike, content: bytes) -> None:
     """Write a file, all of it or nothing, for all who may read in its folder. Raises PlanError where that cannot be done."""
+    if not isinstance(path, str | os.PathLike):
+        raise PlanError(f"path={path!r} was given; give the path of a file to write")
     path = pathlib.Path(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:

@@ -18,7 +18,7 @@ from .solvers import Solution, find_solver, frontier, least_peak, solve
 from .solvers.base import interrupted
 from .solvers.bound import Relaxation
 from .solvers.budgets import least_of
-from .solvers.minimum import NEARLY
+from .solvers.minimum import NEARLY, easily_reached_bytes
 from .solvers.stages import compile_problem
 from .solvers.state import least_possible_bytes
 
@@ -82,7 +82,7 @@ def choose_program(
     """
     found, errors, deadline = {}, [], time.monotonic() + time_limit_s
     size_bytes = None if budget.is_free else budget.resolve(plain_peak_bytes)
-    worth_solving, floors = [0] if budget.is_free else _worth_solving(problems, size_bytes, deadline), {}
+    worth_solving, floors = [0] if budget.is_free else _worth_solving(problems, size_bytes, deadline, budget.least), {}
     if budget.least:
         floors = {n: least_possible_bytes(compile_problem(problems[n])) for n in worth_solving}
         worth_solving.sort(key=floors.__getitem__)
@@ -151,11 +151,13 @@ def _is_settled(budget: Budget, known: Solution, slower: float) -> bool:
     return not budget.least and budget.max_overhead is None and known.timeline.overhead <= slower
 
 
-def _worth_solving(problems: Sequence[Problem], budget_bytes: int | None, deadline: float = math.inf) -> list[int]:
+def _worth_solving(
+    problems: Sequence[Problem], budget_bytes: int | None, deadline: float = math.inf, least: bool = False
+) -> list[int]:
     """All, but for orders of the same operators that promise nothing beside another one."""
     found: list[int] = []
     operators = [_operators(problem) for problem in problems]
-    promised = functools.cache(lambda number: _promised(problems[number], budget_bytes, deadline))
+    promised = functools.cache(lambda number: _promised(problems[number], budget_bytes, deadline, least))
     for number in range(len(problems)):
         same = [n for n in found if operators[n] == operators[number]]
         if all(_is_better(promised(number), promised(n)) for n in same):
@@ -169,11 +171,14 @@ def _operators(problem: Problem) -> Counter:
     return Counter((o.name, o.inputs, o.outputs, o.time_s) for o in problem.operators)
 
 
-def _promised(problem: Problem, budget_bytes: int | None, deadline: float) -> tuple[float, float | None]:
+def _promised(problem: Problem, budget_bytes: int | None, deadline: float, least: bool) -> tuple[float, float | None]:
     """The least possible peak of an order, and, by the linear relaxation, the least extra time within a budget (None where that
-    takes long); without one, the plain peak. NOTHING_BETTER where everything fits."""
+    takes long); without one, the plain peak, or the one that is easily reached where the least is looked for. NOTHING_BETTER
+    where everything fits."""
     compiled, plain_bytes = compile_problem(problem), simulate(problem, plain_schedule(problem)).peak_bytes
     floor_bytes = least_possible_bytes(compiled)
+    if least:
+        return floor_bytes, easily_reached_bytes(problem)
     if budget_bytes is None:
         return floor_bytes, plain_bytes
     if plain_bytes <= budget_bytes:

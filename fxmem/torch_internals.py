@@ -7,6 +7,7 @@ attribute_at        what a path names that a guard of Dynamo's holds  torch._dyn
 what the joint graph's placeholders and outputs mean                  torch._functorch._aot_autograd.descriptors
 pytree                                                                torch.utils._pytree
 OpOverload          what an operator of the dispatcher is             torch._ops
+OpOverloadPacket    all overloads of one name                         torch._ops
 out_overload        which operators write where they are told         torch._C, the dispatcher's tables
 FakeTensor, TorchFakeTensorMode   see `fake_kernels` for ours           torch._subclasses.fake_tensor
 saved_by_partitioner   what PyTorch itself would keep                 torch._functorch.partitioners
@@ -46,14 +47,21 @@ from torch._dynamo import exc as dynamo_errors
 from torch._dynamo.side_effects import SideEffects
 from torch._functorch._aot_autograd import descriptors
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
-from torch._ops import OpOverload
+from torch._ops import OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.fake_tensor import FakeTensorMode as TorchFakeTensorMode
 from torch.amp import autocast_mode
 from torch.fx.graph import _PyTreeCodeGen
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-__all__ = ["FakeTensor", "OpOverload", "TorchDispatchMode", "TorchFakeTensorMode", "pytree"]  # and all that is defined here
+__all__ = [
+    "FakeTensor",
+    "OpOverload",
+    "OpOverloadPacket",
+    "TorchDispatchMode",
+    "TorchFakeTensorMode",
+    "pytree",
+]  # and all that is defined here
 
 
 aten = torch.ops.aten

@@ -89,6 +89,22 @@ def test_a_view_of_a_slice_lives_from_forward_to_backward():
             assert_same_steps(plain, planned, args)
 
 
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_batch_norm_in_half_precision(dtype, wide):
+    """Its statistics are wide only where its weights are."""
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(8)
+    module = nn.Sequential(
+        nn.Conv2d(3, 8, 3, dtype=dtype), norm if wide else norm.to(dtype), nn.ReLU(), nn.Conv2d(8, 8, 3, dtype=dtype)
+    )
+    x = torch.randn(4, 3, 32, 32, dtype=dtype)
+    planned = transform(copy.deepcopy(module), (x,), arena=True)
+    assert_same_steps(module, planned, (x,))
+    with torch.no_grad():
+        assert torch.equal(copy.deepcopy(module)(x), planned(x))
+
+
 def test_without_an_arena_nothing_changes():
     torch.manual_seed(0)
     planned = transform(ConvNet(), IMAGES, budget=None)

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from benchmarks.implementation_cases import images
 from torch import nn
 
 import fxmem
+from benchmarks.implementation_cases import images
 from fxmem.prepared import prepare
 
 EMPTY = torch.empty(0)

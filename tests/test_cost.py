@@ -5,8 +5,9 @@ import types
 
 import pytest
 import torch
-from torch import fx
+from torch import fx, nn
 
+import fxmem
 from fxmem.cost import OpCall, OpCost, call_of, checked_cost, cost_model, workspace_bytes, workspace_of
 from fxmem.cost.devices import device_table
 from fxmem.cost.operands import real_operands
@@ -327,3 +328,12 @@ def test_allocator_events_come_in_order():
     result, events = cpu_memory_events(lambda: torch.empty(1000).neg()[:1].clone())
     assert events == [4000, 4000, -4000, 4, -4000]
     assert result.numel() == 1
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+def test_bags_are_not_empty_when_they_are_measured(mode):
+    """The largest of an empty bag needs no backward, and no room for it."""
+    module = nn.Sequential(nn.EmbeddingBag(200, 32, mode=mode), nn.Tanh(), nn.Linear(32, 32))
+    x = torch.randint(200, (512, 6))
+    plan = fxmem.plan(module, (x,), cost="measured")
+    assert fxmem.measure(module, (x,), repeats=1).peak_bytes == plan.baseline_peak_bytes

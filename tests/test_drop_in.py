@@ -10,6 +10,7 @@ import torch
 from helpers.models import ConvNet, Counter, Transformer, TwoHeads
 from helpers.steps import assert_same, assert_same_steps, messages, step, transform
 from torch import fx, nn
+from torch._subclasses import FakeTensorMode
 from torch.fx.passes.shape_prop import ShapeProp
 from torch.fx.passes.split_module import split_module
 
@@ -491,3 +492,54 @@ def test_training_continues_as_a_part_of_another_module():
     tail = nn.Linear(10, 2)
     whole, reference = nn.Sequential(planned, tail), nn.Sequential(plain, copy.deepcopy(tail))
     assert_same_steps(reference, whole, args)
+
+
+class Two(nn.Module):
+    """Two arguments, each in its own way."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x, y):
+        return self.layer(x) * self.layer(y["it"]).tanh()
+
+
+@pytest.mark.parametrize("fake", [False, True])
+@pytest.mark.parametrize("options", [{"budget": "min"}, {"budget": None, "arena": True}])
+def test_one_tensor_for_two_arguments_is_two_for_the_plan(fake, options):
+    """Whether the example gives it, or a call of another shape, which is planned anew; with gradients and without."""
+    torch.manual_seed(0)
+    plain = Two()
+    if fake:
+        with FakeTensorMode():
+            example = torch.empty(4, 8)
+        assert "y" in str(fxmem.plan(plain, (example, {"it": example}), budget="min").problem)
+    x, other = torch.randn(4, 8), torch.randn(4, 8)
+    planned = transform(copy.deepcopy(plain), (x, {"it": x}), **options)
+    planned(x[:3], {"it": x[:3]})
+    for args in ((x, other), (x, x), (x[:3], other[:3])):
+        args = args[0], {"it": args[1]}
+        assert_same_steps(plain, planned, args)
+        with torch.no_grad():
+            assert torch.equal(plain(*args), planned(*args))
+
+
+class Conjugate(nn.Module):
+    """Sums over views that are only read as conjugate, or as negative."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(16, 16)
+
+    def forward(self, x):
+        z = torch.complex(x, self.layer(x))
+        return torch.view_as_real(z.conj() + z * z), (z * z).conj().imag * 2
+
+
+def test_nothing_is_written_over_what_is_read_as_conjugate():
+    torch.manual_seed(0)
+    plain, x = Conjugate(), torch.randn(64, 16, requires_grad=True)
+    planned = transform(copy.deepcopy(plain), (x,), budget="min", cost="measured")
+    assert_same_steps(plain, planned, (x,))
+    assert fxmem.measure(planned, (x,)).peak_bytes == planned.plan.predicted_peak_bytes

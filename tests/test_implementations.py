@@ -33,6 +33,7 @@ from fxmem.implementations import (
     programs,
     relu,
 )
+from fxmem.implementations.operators import define
 from fxmem.passes import OfferImplementations
 from fxmem.prepared import prepare
 
@@ -254,6 +255,18 @@ def test_an_activation_keeps_one_tensor(layer, kept):
     assert read == [kept]
 
 
+def _fails(gradient, result):
+    raise RuntimeError("on purpose")
+
+
+fails = define(
+    "fails(Tensor gradient, Tensor result) -> Tensor",
+    _fails,
+    lambda gradient, result: torch.empty_like(gradient),
+    lambda call: 0,
+)
+
+
 def test_a_wrong_gradient_is_caught(registered):
     @registered("tanh_straight", aten.tanh_backward.default)
     def tanh_straight(node):
@@ -312,13 +325,58 @@ def test_outputs_that_do_not_tell_the_derivative(name, layer):
         fxmem.check_implementation(name, Between(layer, nn.SiLU()), (images(),))
 
 
-def test_one_of_another_layout_is_not_offered(registered):
-    @registered("transposed", aten.tanh_backward.default)
-    def transposed(node):
-        return Choice(backward=Call(aten.transpose.int, (node.args[0], 0, 1)))
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        (
+            lambda node: Choice(backward=Call(aten.transpose.int, (node.args[0], 0, 1))),
+            "it makes .*12, 1.*, where .* is to be made",
+        ),
+        (lambda node: Choice(backward=Call(aten.relu.default, (node.args[1],))), "it reads other gradients than the operator"),
+        (lambda node: Choice(backward=node.args[0], encode=Call(aten.relu.default, (node.args[0],))), "of the backward"),
+        (lambda node: 5, "fails on node 'layers_0_tanh_backward'.*: it gave 5, which is no Choice"),
+        (
+            lambda node: Choice(backward=Call(aten.relu.default, (fx.Graph().placeholder("x"),))),
+            "'x', .*a node of another graph",
+        ),
+        (lambda node: None, "applies nowhere in Between: it serves aten.tanh_backward.default, and gave no Choice"),
+    ],
+)
+def test_why_it_is_not_offered(registered, chosen, message):
+    registered("odd", aten.tanh_backward.default)(chosen)
+    with pytest.raises(ImplementationError, match=message):
+        fxmem.check_implementation("odd", Between(nn.Tanh()), (images(),))
 
-    with pytest.raises(ImplementationError, match="applies nowhere"):
-        fxmem.check_implementation("transposed", Between(nn.Tanh()), (images(),))
+
+def test_one_whose_kernel_fails_is_named(registered):
+    @registered("late", aten.tanh_backward.default)
+    def late(node):
+        return Choice(backward=Call(fails, node.args))
+
+    with pytest.raises(ImplementationError, match="implementation 'late' fails when it runs: on purpose"):
+        fxmem.check_implementation("late", Between(nn.Tanh()), (images(),))
+
+
+@pytest.mark.parametrize(
+    ("serves", "options", "message"),
+    [
+        ("aten.tanh_backward.default", {}, "serves 'aten.tanh_backward.default', which no node has as its target"),
+        (aten.tanh_backward, {}, "name an operator's overload"),
+        (aten.tanh_backward.default, {"least_bytes": "x"}, "least_bytes='x'; give bytes"),
+        (aten.tanh_backward.default, {"least_bytes": -1}, "least_bytes=-1; give bytes"),
+        (aten.tanh_backward.default, {"forward": 1}, "forward=1; it is True or False"),
+    ],
+)
+def test_what_cannot_be_registered(registered, serves, options, message):
+    with pytest.raises(ImplementationError, match=message):
+        registered("odd", serves, **options)(lambda node: None)
+    with pytest.raises(ImplementationError, match="give a function of a node"):
+        registered("odd", aten.tanh_backward.default)(3)
+
+
+def test_a_tensor_is_no_call():
+    with pytest.raises(ImplementationError, match="example_inputs is a tensor"):
+        fxmem.check_implementation("relu_bits", nn.ReLU(), torch.randn(2, 2))
 
 
 def test_a_name_is_taken_once(registered):

@@ -43,10 +43,20 @@ def real_operands(call: OpCall, device: torch.device) -> tuple[tuple, dict]:
             place = device if leaf.device.type == "meta" else leaf.device
             buffers[group] = _filled(last - first, leaf.dtype, place, bounds.get(id(leaf), 1))
         made = torch.as_strided(buffers[group], leaf.shape, leaf.stride(), leaf.storage_offset() - first)
-        return made.conj() if leaf.is_conj() else made  # which some kernels first write out
+        made = made.conj() if leaf.is_conj() else made  # which some kernels first write out
+        return aten._neg_view.default(made) if leaf.is_neg() else made
 
     args, kwargs = pytree.tree_map(real, (call.args, call.kwargs))
     return OPERANDS.get(call.packet, tuple)(args), kwargs
+
+
+def _with_ones(position: int) -> Callable[[tuple], tuple]:
+    """One argument's values as ones: bags that are empty are passed over."""
+    return lambda args: (*args[:position], torch.ones_like(args[position]), *args[position + 1 :])
+
+
+OPERANDS[aten._embedding_bag_backward] = _with_ones(4)
+OPERANDS[aten._embedding_bag_dense_backward] = _with_ones(3)
 
 
 def _storage_group(tensor: torch.Tensor) -> tuple:

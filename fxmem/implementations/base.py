@@ -9,6 +9,7 @@ from typing import Any
 from torch import fx
 
 from ..errors import ImplementationError
+from ..torch_internals import OpOverloadPacket
 
 EXACTNESS = ("bitwise", "accurate")
 
@@ -105,7 +106,7 @@ def register_implementation(
         instead, and returns a sequence of Choices, each with a `decode`: other ways to run the node again.
     least_bytes: nodes that neither read nor make a tensor as large are passed over, but not by `fxmem.check_implementation`,
         and not for a Rewrite.
-    Raises ImplementationError for an unknown exactness, or a name that another function has.
+    Raises ImplementationError for an unknown exactness, a name that another function has, and what is no operator or no number.
     """
     if not isinstance(name, str) or not name or name.startswith("-"):
         raise ImplementationError(f'{name!r} cannot be chosen by name: give text that does not begin with "-"')
@@ -113,8 +114,22 @@ def register_implementation(
         raise ImplementationError(f"implementation {name!r} has exactness={exactness!r}; allowed: {', '.join(EXACTNESS)}")
     if not serves:
         raise ImplementationError(f"implementation {name!r} serves no operator: name one or more after its name")
+    wrong = [target for target in serves if isinstance(target, OpOverloadPacket) or not callable(target)]
+    if wrong:
+        raise ImplementationError(
+            f"implementation {name!r} serves {wrong[0]!r}, which no node has as its target: name an operator's overload, as in "
+            "torch.ops.aten.threshold_backward.default"
+        )
+    if isinstance(least_bytes, bool) or not isinstance(least_bytes, int) or least_bytes < 0:
+        raise ImplementationError(
+            f"implementation {name!r} has least_bytes={least_bytes!r}; give bytes, an integer of 0 or more"
+        )
+    if not isinstance(forward, bool):
+        raise ImplementationError(f"implementation {name!r} has forward={forward!r}; it is True or False")
 
     def register(choose: Chooser) -> Chooser:
+        if not callable(choose):
+            raise ImplementationError(f"implementation {name!r} is {choose!r}; give a function of a node")
         known = IMPLEMENTATIONS.get(name)
         if known is not None and known.choose.__qualname__ != choose.__qualname__:
             raise ImplementationError(f"there is an implementation {name!r} already; give this one another name")

@@ -15,8 +15,8 @@ from .base import Pass, layouts
 
 class MarkInplace(Pass):
     """Annotates nodes that have a form in place with `meta["fxmem_inplace"]`, the positions of the operands that it may write
-    over: same dtype and layout as the result (the first of several), the whole of their storage, and shown by no other operand.
-    Needs ShapeProp."""
+    over: same dtype and layout as the result (the first of several), the whole of their storage, shown by no other operand, and
+    not read as conjugate or negative, which what is written would be, too. Needs ShapeProp."""
 
     def apply(self, graph_module: fx.GraphModule) -> bool:
         require(graph_module, "fxmem_storages", "ShapeProp")
@@ -38,4 +38,7 @@ def _may_hold(operand: fx.Node, node: fx.Node) -> bool:
     whole = value.untyped_storage().nbytes() == result.untyped_storage().nbytes()
     others = [n for n in node.all_input_nodes if n is not operand]
     aliased = any(set(operand.meta["fxmem_storages"]) & set(n.meta["fxmem_storages"]) for n in others)
-    return layouts(value) == layouts(result) and whole and not aliased and sum(a is operand for a in node.args) == 1
+    lazy = value.is_conj() or value.is_neg()
+    return (
+        layouts(value) == layouts(result) and whole and not aliased and not lazy and sum(a is operand for a in node.args) == 1
+    )

@@ -11,7 +11,7 @@ from torch import fx
 
 from ..errors import ImplementationError
 from ..graph_meta import StorageInfo, is_backward, require, rounded, source_of
-from ..implementations import CODE, Call, Choice, Implementation, choose_implementations
+from ..implementations import CODE, Call, Choice, Implementation, Rewrite, choose_implementations
 from ..torch_internals import pytree
 from .base import Pass, fake_result, layouts
 
@@ -23,7 +23,8 @@ class OfferImplementations(Pass):
 
     names, exactness: as for `fxmem.transform`. everywhere: whatever `least_bytes` an implementation has. Needs
     ShapeProp. Raises ImplementationError for a name that is not known,
-    and, naming it, for an implementation that fails. One that makes something of another shape, layout or type is not offered.
+    and, naming it, for an implementation that fails. One that makes something of another shape, layout or type is not offered;
+    `meta["fxmem_not_offered"]` says why, for the first such place of each.
     """
 
     def __init__(self, names: Sequence[str] | None = None, exactness: str = "bitwise", everywhere: bool = False):
@@ -38,6 +39,7 @@ class OfferImplementations(Pass):
                 if self._is_for(implementation, node):
                     offers.add(implementation, node)
         graph_module.meta["fxmem_storages"] = tuple(offers.infos)
+        graph_module.meta["fxmem_not_offered"] = offers.refused
         return offers.added
 
     def _is_for(self, implementation: Implementation, node: fx.Node) -> bool:
@@ -71,25 +73,40 @@ class _Offers:
         self.order = {node: place for place, node in enumerate(self.graph.nodes)}
         self.codes: dict[tuple, fx.Node] = {}
         self.decoded: set[tuple] = set()
+        self.refused: dict[str, str] = {}
         self.added = False
 
     def add(self, implementation: Implementation, node: fx.Node) -> None:
         with naming_failures(implementation, node):
             found = implementation.choose(node)
-            for choice in found if isinstance(found, Sequence) else (found,):
+            for choice in found if isinstance(found, list | tuple) else (found,):
                 if isinstance(choice, Choice):
                     self._write(choice, node, implementation)
+                elif not (choice is None or isinstance(choice, Rewrite)):
+                    raise TypeError(f"it gave {choice!r}, which is no Choice, no Rewrite, and not None")
 
     def _write(self, choice: Choice, node: fx.Node, implementation: Implementation) -> None:
+        for call in filter(None, (choice.encode, choice.decode, choice.backward)):
+            stranger = next((n for n in _nodes(call) if n not in self.order and n not in self.codes.values()), None)
+            if stranger is not None:
+                raise ValueError(f"{stranger.name!r}, which it reads, is a node of another graph")
         if choice.encode and not self._encodes_forward(choice.encode):
+            self._refuse(implementation, node, "it encodes results of more than one operator, or of the backward")
             return
         code = self._encoder(choice.encode, implementation) if choice.encode else None
         decoding = choice.decoded, code, repr(choice.decode)
         if choice.decode and decoding not in self.decoded:
             self.decoded.add(decoding)
             self._stand_in(choice.decode, choice.decoded, code, "variant", implementation)
-        if choice.backward and self._gradients(choice.backward) == self._gradients(Call(node.target, node.args, node.kwargs)):
+        if not choice.backward:
+            return
+        if self._gradients(choice.backward) == self._gradients(Call(node.target, node.args, node.kwargs)):
             self._stand_in(choice.backward, choice.result or node, code, "alternative", implementation)
+        else:
+            self._refuse(implementation, node, "it reads other gradients than the operator that it stands for")
+
+    def _refuse(self, implementation: Implementation, node: fx.Node, why: str) -> None:
+        self.refused.setdefault(implementation.name, f"for {source_of(node)}, {why}")
 
     def _encodes_forward(self, call: Call) -> bool:
         """Whether an encoder reads results of one forward operator, and what is there from the start."""
@@ -122,6 +139,7 @@ class _Offers:
         made = self._call(call, code, node, after, f"{node.name}_{implementation.name}")
         if layouts(made.meta["val"]) != layouts(node.meta["val"]):
             self.graph.erase_node(made)
+            self._refuse(implementation, node, f"it makes {_told(made)}, where {_told(node)} is to be made")
             return
         made.meta |= {"fxmem_offers": what, "fxmem_stands_for": node, "fxmem_storages": node.meta["fxmem_storages"]}
         made.meta["fxmem_implementation"] = implementation.name
@@ -135,6 +153,13 @@ class _Offers:
         value = fake_result(call.target, args, kwargs)
         node.meta = {k: v for k, v in _maker(beside).meta.items() if k not in ("val", "fxmem_writes")} | {"val": value}
         return node
+
+
+def _told(node: fx.Node) -> str:
+    """What a node makes: "float32[8, 64] with strides (64, 1)"."""
+    made = (t for t in pytree.tree_leaves(node.meta["val"]) if isinstance(t, torch.Tensor))
+    told = (f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)} with strides {t.stride()}" for t in made)
+    return ", ".join(told) or "no tensor"
 
 
 def _nodes(call: Call) -> list[fx.Node]:

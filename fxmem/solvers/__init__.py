@@ -14,10 +14,10 @@ Who calls whom:
     state     what both move through: wishes and what follows from them; `walks` within a stage, `stages` the constants
 
 Their words: a *bit* is a forward storage. A *stage* is a part of the backward that ends with an operator that reads bits, a
-*moment* an operator of the forward. A *wish* is to carry a bit into a stage, or a stage's *thrift*, to run its last operator by
+*moment* an operator of the forward. A *wish* is to carry a bit into a stage, or a stage's *thrift*: to run its last operator by
 the option that takes least memory rather than by the *quickest*. A *walk* is what a stage makes again of what it does not find.
-A *late* input of a variant is made only after what the variant makes; an *optional* bit is one that nothing, or nothing but such
-a variant, makes again, and that need not be carried all the same.
+A *late* input of a variant is made only after what the variant makes; an *optional* bit is one that nothing makes again, or
+only such a variant, and that need not be carried all the same.
 """
 
 from __future__ import annotations

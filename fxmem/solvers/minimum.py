@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 
+from ..problem import Problem
 from ..schedule import Schedule, simulate
 from .base import Answer, Task
 from .pool import Pool
@@ -44,6 +45,13 @@ def smallest_schedule(task: Task, effort_s: float = LEAST_EFFORT_S) -> Answer:
     schedules = [State(compiled, floor_bytes, list(wishes)).schedule(), *task.starts]
     schedule = min(schedules, key=lambda schedule: simulate(task.problem, schedule).peak_bytes)
     return Answer(schedule, interrupted=best.interrupted)
+
+
+def easily_reached_bytes(problem: Problem) -> int:
+    """The least peak of what the search begins with, which takes no time to speak of."""
+    compiled = compile_problem(problem)
+    floor_bytes = least_possible_bytes(compiled)
+    return first_states(Task(problem, floor_bytes), compiled, floor_bytes).smallest_bytes
 
 
 def annealed(task: Task, schedule: Schedule) -> Answer:
