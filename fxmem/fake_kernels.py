@@ -44,7 +44,7 @@ class FakeTensorMode(TorchFakeTensorMode):
             longer = bag_of.numel() and bag_of.numel() + 1  # it is made with one more, which is then cut off
             return result, self._shrunk(bag_of, longer), self._shrunk(bag_sizes, args[2].numel()), *rest
         if func is aten._native_batch_norm_legit_functional.default and made[0].device.type == "cpu":
-            return self._of_types(made, _statistics_types(*args[:5]))
+            made = self._of_types(made, _statistics_types(*args[:5]))
         kwargs = kwargs or {}
         if func in VIEWS:
             return self._viewed(made, args[0])
