@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers.steps import assert_same, assert_same_steps, transform
+from helpers.steps import assert_drop_in, assert_same, assert_same_steps, transform
 from torch import nn
 
 import fxmem
@@ -119,3 +119,26 @@ def test_state_that_is_neither_read_nor_dense_is_let_be():
 def test_a_step_takes_no_copy_where_none_is_needed():
     joint = prepare(nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)), (rows(),), {}, "cpu").captured.joint
     assert torch.ops.aten.clone.default not in {n.target for n in joint.graph.nodes}
+
+
+class Loop(nn.Module):
+    """A cell, three times."""
+
+    def __init__(self, cell):
+        super().__init__()
+        self.cell = cell
+
+    def forward(self, x, state):
+        for _ in range(3):
+            state = self.cell(x, state)
+        return state
+
+
+@pytest.mark.parametrize("size", [16, 24, 64, 100])
+@pytest.mark.parametrize("cell", [nn.GRUCell, nn.RNNCell], ids=str)
+def test_cells_round_as_the_plain_ones(cell, size):
+    """A GRU's gates are computed in place, side by side, where vectors end elsewhere."""
+    torch.manual_seed(0)
+    module, args = Loop(cell(8, size)), (torch.randn(5, 8, requires_grad=True), torch.randn(5, size))
+    planned = assert_drop_in(module, args, budget="min", cost="measured", time_limit_s=2.0)
+    assert fxmem.measure(planned, args, repeats=1).peak_bytes <= planned.plan.predicted_peak_bytes

@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from ..codegen.operators import dropout_apply, in_format_of, in_kernel_format
-from .base import Pass
+from ..codegen.operators import dropout_apply, in_format_of, in_kernel_format, laid_out
+from .base import Pass, fake_result
 
 aten = torch.ops.aten
 NATIVE_DROPOUT = aten.native_dropout.default
+GRU_CELLS = (torch.nn.GRUCell, torch.gru_cell)
 GROUP_NORMS = (aten.native_group_norm.default, aten.native_group_norm_backward.default)
 
 
@@ -22,6 +23,9 @@ class MatchEager(Pass):
     Batch norm's backward in training is handed the new running statistics, which it never reads: it is not handed them.
     Group norm reads the memory format off the strides, also off those of dimensions of size one, which fake operators choose
     differently: it checks again when it runs.
+
+    A GRU's cell computes its gates in place, where all of them lie side by side. What of a row is left over when vectors are
+    full is rounded otherwise, so they are laid out as far apart here, too.
     """
 
     def apply(self, graph_module: fx.GraphModule) -> bool:
@@ -32,7 +36,24 @@ class MatchEager(Pass):
             node.args = (*node.args[:3], None, None, *node.args[5:])
         modified = self._same_dropout(graph_module) or bool(norms)
         modified = self._no_draws(graph_module) or modified
+        modified = self._same_gates(graph_module) or modified
         return self._same_formats(graph_module) or modified
+
+    def _same_gates(self, graph_module: fx.GraphModule) -> bool:
+        graph = graph_module.graph
+        gates = [n for n in graph.find_nodes(op="call_function", target=aten.sigmoid.default) if _is_of_gru_cell(n)]
+        modified = False
+        for node in gates:
+            value, among = node.args[0].meta["val"], node.args[0].args[0].meta["val"]
+            if value.device.type != "cpu" or value.stride() == among.stride():
+                continue
+            with graph.inserting_before(node):
+                strides = list(among.stride())
+                gate = graph.call_function(laid_out, (node.args[0], list(value.shape), strides), {"dtype": value.dtype})
+            gate.meta = node.meta | {"val": fake_result(laid_out, gate.args, gate.kwargs)}
+            node.args = (gate,)
+            modified = True
+        return modified
 
     def _same_formats(self, graph_module: fx.GraphModule) -> bool:
         found = [
@@ -83,3 +104,9 @@ class MatchEager(Pass):
             node.replace_all_uses_with(replacement)
             graph_module.graph.erase_node(node)
         return bool(found)
+
+
+def _is_of_gru_cell(node: fx.Node) -> bool:
+    """Whether a sum of gates is its operand, in a layer of PyTorch's or in what that calls."""
+    callers = [caller for _, caller in node.meta.get("source_fn_stack") or ()]
+    return bool(callers) and callers[-1] in GRU_CELLS and node.args[0].target is aten.add.Tensor
