@@ -66,7 +66,7 @@ def solve_task(task: Task, solver: str = "auto") -> Solution:
     if named:
         task = replace(task, starts=(*task.starts, named))
     if budget_bytes < least_possible_bytes(compile_problem(problem)):
-        raise _refusal(task, _smallest(task))
+        raise _refusal(task, smallest_schedule(task))
     answer = function(task)
     found = judge(task, [answer.schedule, plain, *task.starts])
     if found is None and answer.interrupted:
@@ -78,28 +78,23 @@ def solve_task(task: Task, solver: str = "auto") -> Solution:
     if found is None:
         met = (answer.smallest,) if answer.smallest else ()
         searched = met or not task.overtime
-        least = _smallest(replace(task, starts=(*task.starts, *met)), 0.0 if searched else LEAST_EFFORT_S)
-        found = judge(task, [least])
+        least = smallest_schedule(replace(task, starts=(*task.starts, *met)), 0.0 if searched else LEAST_EFFORT_S)
+        found = judge(task, [least.schedule])
         if found is None:
             raise _refusal(task, least)
+        answer = replace(answer, interrupted=least.interrupted)
     return _solution(task, replace(answer, schedule=found[0]), solver, begin)
 
 
-def _smallest(task: Task, effort_s: float = LEAST_EFFORT_S) -> Schedule:
-    """The schedule with the least peak that is found for an error to name. Raises KeyboardInterrupt."""
-    least = smallest_schedule(task, effort_s)
+def _refusal(task: Task, least: Answer) -> InfeasibleBudgetError | KeyboardInterrupt:
+    """The error for a task's budget; what it names is remembered. An interrupt, where one ended the search for that."""
     if least.interrupted:
-        raise KeyboardInterrupt
-    return least.schedule
-
-
-def _refusal(task: Task, least: Schedule) -> InfeasibleBudgetError:
-    """The error for a task's budget; what it names is remembered."""
+        return KeyboardInterrupt()
     _named.pop(task.problem, None)
-    _named[task.problem] = least
+    _named[task.problem] = least.schedule
     while len(_named) > MOST_NAMED:
         del _named[next(iter(_named))]
-    return infeasible(task.problem, task.budget_bytes, least)
+    return infeasible(task.problem, task.budget_bytes, least.schedule)
 
 
 def solve_alone(
