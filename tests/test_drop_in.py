@@ -523,6 +523,8 @@ def test_one_tensor_for_two_arguments_is_two_for_the_plan(fake, options):
         assert_same_steps(plain, planned, args)
         with torch.no_grad():
             assert torch.equal(plain(*args), planned(*args))
+    both, one = (fxmem.measure(planned, (x, {"it": y}), repeats=1).peak_bytes for y in (other, x))
+    assert one + x.nbytes == both <= planned.plan.predicted_peak_bytes
 
 
 class Conjugate(nn.Module):
