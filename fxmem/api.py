@@ -16,7 +16,7 @@ from torch import nn
 from .budget import check_time_limit, parse_budget
 from .capture import check_inputs, example_inputs_of
 from .codegen.assemble import assemble
-from .codegen.calls import canonical_call
+from .codegen.calls import canonical_call, check_is_no_tensor
 from .codegen.partition import partition
 from .codegen.planned import PlannedModule, check_names
 from .cost import CostModel
@@ -218,8 +218,8 @@ def plans(
     check_solver(solver, *wanted.values())
     graph_options = _graph_options(output_gradients, implementations, exactness, inplace, recompute)
     module, args, kwargs = _example_call(module, example_inputs, example_kwargs)
-    names = Counter(getattr(cost, "name", cost) for cost in costs)
-    if not names or names.most_common(1)[0][1] > 1:
+    asked = Counter(getattr(cost, "name", cost) for cost in costs)
+    if not asked or asked.most_common(1)[0][1] > 1:
         raise CostError(f"costs={costs!r} was given; name one cost model or more, each by another name")
     with showing(progress):
         found: dict[tuple[str, float | str], Plan | InfeasibleBudgetError] = {}
@@ -235,8 +235,8 @@ def plans(
                     time_limit_s = 0.0 if plan_.solution.interrupted else time_limit_s
                 except InfeasibleBudgetError as error:
                     found[prepared.cost, budget] = error
-    found_names = dict.fromkeys(name for name, _ in found)
-    return {(name, budget): found[name, budget] for name in found_names for budget in wanted}
+    names = dict.fromkeys(name for name, _ in found)
+    return {(name, budget): found[name, budget] for name in names for budget in wanted}
 
 
 def _example_call(
@@ -258,8 +258,7 @@ def _example_call(
         raise CaptureError(f"example_kwargs is a {type(kwargs).__name__}; give a dict of the module's keyword arguments")
     if args is None and not kwargs:
         args = example_inputs_of(module)
-    if isinstance(args, torch.Tensor):
-        raise CaptureError("example_inputs is a tensor; give a tuple of the module's arguments, as in example_inputs=(x,)")
+    check_is_no_tensor(args, CaptureError)
     if isinstance(args, Mapping):
         raise CaptureError("example_inputs is a dict; give keyword arguments as example_kwargs, or a dict argument as (it,)")
     try:

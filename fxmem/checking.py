@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from .codegen.assemble import assemble
-from .codegen.calls import canonical_call
+from .codegen.calls import canonical_call, check_is_no_tensor
 from .codegen.partition import partition
 from .codegen.planned import PlannedModule
 from .decisions import Plan
@@ -61,8 +61,7 @@ def check_implementation(
     memory than was promised.
     """
     choose_implementations((name,), "accurate")
-    if isinstance(example_inputs, torch.Tensor):
-        raise ImplementationError("example_inputs is a tensor; give a tuple of the module's arguments, as in (x,)")
+    check_is_no_tensor(example_inputs, ImplementationError)
     args, kwargs = canonical_call(module, tuple(example_inputs), example_kwargs or {})
     plain = copy.deepcopy(module)
     expected = _values(plain, args, kwargs)

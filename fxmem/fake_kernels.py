@@ -1,10 +1,9 @@
 """Fake tensors whose strides, sizes and types are those that the CPU's kernels give, in dimensions of size one too.
 
 PyTorch's fake operators promise shapes and (of all but batch norm's statistics) types; strides they get right for the usual
-layouts. But kernels, decompositions and
-autograd's formulas read memory formats off strides, those of dimensions of size one included, and choose by them what is
-copied and in which order sums are taken: a captured graph rounds as the plain module does only where fake strides are the
-real ones.
+layouts. But kernels, decompositions and autograd's formulas read memory formats off strides, those of dimensions of size one
+included, and choose by them what is copied and in which order sums are taken: a captured graph rounds as the plain module does
+only where fake strides are the real ones.
 """
 
 from __future__ import annotations

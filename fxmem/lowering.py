@@ -42,7 +42,7 @@ def lower(graph_module: fx.GraphModule, order: Sequence[int] | None = None) -> L
     returned = set(_returned(graph_module, ("output", "output_only", "gradient")))
     operators = [_operator(node, infos, written, returned) for node in nodes]
     forward_end = sum(not is_backward(n) for n in nodes)
-    operators.insert(forward_end, _return_operator(graph_module, infos))
+    operators.insert(forward_end, _return_operator(graph_module))
     nodes.insert(forward_end, graph_module.graph.output_node())
     if order is not None:
         operators, nodes = [operators[p] for p in order], [nodes[p] for p in order]
@@ -117,7 +117,7 @@ def _outputs(graph_module: fx.GraphModule, infos: tuple[StorageInfo, ...]) -> fr
     return frozenset(s for s in _returned(graph_module, ("gradient", "output")) if not infos[s].is_input)
 
 
-def _return_operator(graph_module: fx.GraphModule, infos: tuple[StorageInfo, ...]) -> Operator:
+def _return_operator(graph_module: fx.GraphModule) -> Operator:
     """The end of the forward: every output is there. Those that get no gradient may die here: a training step drops them."""
     inputs = _returned(graph_module, ("output", "output_only"))
     return Operator("return", tuple(dict.fromkeys(inputs)), (), recomputable=False)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .codegen.calls import check_is_no_tensor
 from .errors import MeasureError
 from .torch_internals import cpu_memory_events, pytree, storage_key
 
@@ -128,8 +129,7 @@ class _Step:
     def __init__(self, module: nn.Module, args: tuple, kwargs: dict, output_gradients: Iterable[torch.Tensor] | None):
         if not isinstance(module, nn.Module):
             raise MeasureError(f"a training step is one of a torch.nn.Module; a {type(module).__name__} was given")
-        if isinstance(args, torch.Tensor):
-            raise MeasureError("example_inputs is a tensor; give a tuple of the module's arguments, as in example_inputs=(x,)")
+        check_is_no_tensor(args, MeasureError)
         self.module = module
         self.args, self.kwargs = _own_leaves((args, kwargs))
         self.inputs = [t for t in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(t, torch.Tensor)]

@@ -39,6 +39,7 @@ from .passes import (
     UpdateBuffers,
     WriteViews,
 )
+from .passes.base import told
 from .passes.merge_casts import keeps_casts
 from .passes.reorder import better_order
 from .problem import without_recompute
@@ -229,8 +230,7 @@ def _told(leaf: Any) -> str:
     """A leaf of a call: "float32[8, 3, 224, 224]", with strides where it is not contiguous; or the value of what is none."""
     if not isinstance(leaf, torch.Tensor):
         return repr(leaf)
-    strides = "" if leaf.is_contiguous() else f" with strides {leaf.stride()}"
-    return f"{leaf.dtype}{list(leaf.shape)}{strides}".removeprefix("torch.")
+    return told(leaf, strides=not leaf.is_contiguous())
 
 
 def device_of(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> torch.device | None:

@@ -182,7 +182,6 @@ def without_implementations(problem: Problem) -> tuple[Problem, tuple[int, ...]]
 def without_recompute(problem: Problem) -> Problem:
     """The same step where no forward operator runs twice: variants may run that read nothing but what was made of their result,
     what encoders have kept or what later operators have joined."""
-
     first = [makers[:1] for makers in problem.producers]
 
     def takes_apart(variant: int) -> bool:

@@ -175,10 +175,11 @@ def _promised(problem: Problem, budget_bytes: int | None, deadline: float, least
     """The least possible peak of an order, and, by the linear relaxation, the least extra time within a budget (None where that
     takes long); without one, the plain peak, or the one that is easily reached where the least is looked for. NOTHING_BETTER
     where everything fits."""
-    compiled, plain_bytes = compile_problem(problem), simulate(problem, plain_schedule(problem)).peak_bytes
+    compiled = compile_problem(problem)
     floor_bytes = least_possible_bytes(compiled)
     if least:
-        return floor_bytes, easily_reached_bytes(problem)
+        return floor_bytes, easily_reached_bytes(compiled, floor_bytes)
+    plain_bytes = simulate(problem, plain_schedule(problem)).peak_bytes
     if budget_bytes is None:
         return floor_bytes, plain_bytes
     if plain_bytes <= budget_bytes:

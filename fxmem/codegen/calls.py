@@ -65,6 +65,12 @@ def _settings(module: nn.Module) -> tuple:
     return kind, *constants
 
 
+def check_is_no_tensor(args: Any, error: type[Exception]) -> None:
+    """Raise `error` for a tensor where a tuple of arguments is to be given."""
+    if isinstance(args, torch.Tensor):
+        raise error("example_inputs is a tensor; give a tuple of the module's arguments, as in example_inputs=(x,)")
+
+
 def canonical_call(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """The same arguments whichever way the caller wrote them: positional where that can be, and without spelt out defaults."""
     bound = inspect.signature(module.forward).bind(*args, **kwargs)

@@ -50,15 +50,6 @@ def real_operands(call: OpCall, device: torch.device) -> tuple[tuple, dict]:
     return OPERANDS.get(call.packet, tuple)(args), kwargs
 
 
-def _with_ones(position: int) -> Callable[[tuple], tuple]:
-    """One argument's values as ones: bags that are empty are passed over."""
-    return lambda args: (*args[:position], torch.ones_like(args[position]), *args[position + 1 :])
-
-
-OPERANDS[aten._embedding_bag_backward] = _with_ones(4)
-OPERANDS[aten._embedding_bag_dense_backward] = _with_ones(3)
-
-
 def _storage_group(tensor: torch.Tensor) -> tuple:
     return storage_key(tensor), tensor.dtype
 
@@ -107,6 +98,15 @@ INDICES: dict[object, tuple[int, Callable[[tuple], int]]] = {
     aten.index_add: (2, _along(1)),
     aten.max_pool2d_with_indices_backward: (7, lambda args: args[1].shape[-1] * args[1].shape[-2]),
 }
+
+
+def _with_ones(position: int) -> Callable[[tuple], tuple]:
+    """One argument's values as ones: bags that are empty are passed over."""
+    return lambda args: (*args[:position], torch.ones_like(args[position]), *args[position + 1 :])
+
+
+OPERANDS[aten._embedding_bag_backward] = _with_ones(4)
+OPERANDS[aten._embedding_bag_dense_backward] = _with_ones(3)
 
 
 def _index_bounds(call: OpCall) -> dict[int, int]:

@@ -50,6 +50,12 @@ def layouts(value: Any) -> list:
     return [leaf if leaf is None else (leaf.shape, leaf.stride(), leaf.dtype) for leaf in pytree.tree_leaves(value)]
 
 
+def told(tensor: torch.Tensor, *, strides: bool) -> str:
+    """ "float32[8, 64]", or "float32[8, 64] with strides (64, 1)"."""
+    laid = f" with strides {tensor.stride()}" if strides else ""
+    return f"{tensor.dtype}{list(tensor.shape)}{laid}".removeprefix("torch.")
+
+
 def made_like(node: fx.Node, target: Any, args: tuple, kwargs: dict[str, Any] | None = None) -> fx.Node:
     """A call where the graph inserts now, with the meta of `node` and a value of its own."""
     made = node.graph.call_function(target, args, kwargs or {})

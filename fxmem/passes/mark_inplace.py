@@ -38,7 +38,5 @@ def _may_hold(operand: fx.Node, node: fx.Node) -> bool:
     whole = value.untyped_storage().nbytes() == result.untyped_storage().nbytes()
     others = [n for n in node.all_input_nodes if n is not operand]
     aliased = any(set(operand.meta["fxmem_storages"]) & set(n.meta["fxmem_storages"]) for n in others)
-    lazy = value.is_conj() or value.is_neg()
-    return (
-        layouts(value) == layouts(result) and whole and not aliased and not lazy and sum(a is operand for a in node.args) == 1
-    )
+    lazy, once = value.is_conj() or value.is_neg(), sum(a is operand for a in node.args) == 1
+    return layouts(value) == layouts(result) and whole and not aliased and not lazy and once

@@ -6,7 +6,7 @@ import torch
 from torch import fx
 
 from ..codegen.operators import dropout_apply, in_format_of, in_kernel_format, laid_out
-from .base import Pass, fake_result
+from .base import Pass, made_like
 
 aten = torch.ops.aten
 NATIVE_DROPOUT = aten.native_dropout.default
@@ -41,17 +41,15 @@ class MatchEager(Pass):
 
     def _same_gates(self, graph_module: fx.GraphModule) -> bool:
         graph = graph_module.graph
-        gates = [n for n in graph.find_nodes(op="call_function", target=aten.sigmoid.default) if _is_of_gru_cell(n)]
         modified = False
-        for node in gates:
-            value, among = node.args[0].meta["val"], node.args[0].args[0].meta["val"]
+        for node in filter(_is_of_gru_cell, graph.find_nodes(op="call_function", target=aten.sigmoid.default)):
+            gate = node.args[0]
+            value, among = gate.meta["val"], gate.args[0].meta["val"]
             if value.device.type != "cpu" or value.stride() == among.stride():
                 continue
             with graph.inserting_before(node):
-                strides = list(among.stride())
-                gate = graph.call_function(laid_out, (node.args[0], list(value.shape), strides), {"dtype": value.dtype})
-            gate.meta = node.meta | {"val": fake_result(laid_out, gate.args, gate.kwargs)}
-            node.args = (gate,)
+                apart = made_like(node, laid_out, (gate, list(value.shape), list(among.stride())), {"dtype": value.dtype})
+            node.replace_input_with(gate, apart)
             modified = True
         return modified
 

@@ -13,7 +13,7 @@ from ..errors import ImplementationError
 from ..graph_meta import StorageInfo, is_backward, require, rounded, source_of
 from ..implementations import CODE, Call, Choice, Implementation, Rewrite, choose_implementations
 from ..torch_internals import pytree
-from .base import Pass, fake_result, layouts
+from .base import Pass, fake_result, layouts, told
 
 
 class OfferImplementations(Pass):
@@ -21,10 +21,10 @@ class OfferImplementations(Pass):
     a backward node's result ("alternative"), the latter two with `meta["fxmem_stands_for"]`, the node that they stand for;
     all with `meta["fxmem_implementation"]`.
 
-    names, exactness: as for `fxmem.transform`. everywhere: whatever `least_bytes` an implementation has. Needs
-    ShapeProp. Raises ImplementationError for a name that is not known,
-    and, naming it, for an implementation that fails. One that makes something of another shape, layout or type is not offered;
-    `meta["fxmem_not_offered"]` says why, for the first such place of each.
+    names, exactness: as for `fxmem.transform`. everywhere: whatever `least_bytes` an implementation has. Needs ShapeProp.
+    Raises ImplementationError for a name that is not known, and, naming it, for an implementation that fails. One that makes
+    something of another shape, layout or type is not offered; `meta["fxmem_not_offered"]` says why, for the first such place of
+    each.
     """
 
     def __init__(self, names: Sequence[str] | None = None, exactness: str = "bitwise", everywhere: bool = False):
@@ -79,7 +79,7 @@ class _Offers:
     def add(self, implementation: Implementation, node: fx.Node) -> None:
         with naming_failures(implementation, node):
             found = implementation.choose(node)
-            for choice in found if isinstance(found, list | tuple) else (found,):
+            for choice in found if isinstance(found, Sequence) else (found,):
                 if isinstance(choice, Choice):
                     self._write(choice, node, implementation)
                 elif not (choice is None or isinstance(choice, Rewrite)):
@@ -139,7 +139,7 @@ class _Offers:
         made = self._call(call, code, node, after, f"{node.name}_{implementation.name}")
         if layouts(made.meta["val"]) != layouts(node.meta["val"]):
             self.graph.erase_node(made)
-            self._refuse(implementation, node, f"it makes {_told(made)}, where {_told(node)} is to be made")
+            self._refuse(implementation, node, f"it makes {_result(made)}, where {_result(node)} is to be made")
             return
         made.meta |= {"fxmem_offers": what, "fxmem_stands_for": node, "fxmem_storages": node.meta["fxmem_storages"]}
         made.meta["fxmem_implementation"] = implementation.name
@@ -155,11 +155,10 @@ class _Offers:
         return node
 
 
-def _told(node: fx.Node) -> str:
+def _result(node: fx.Node) -> str:
     """What a node makes: "float32[8, 64] with strides (64, 1)"."""
     made = (t for t in pytree.tree_leaves(node.meta["val"]) if isinstance(t, torch.Tensor))
-    told = (f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)} with strides {t.stride()}" for t in made)
-    return ", ".join(told) or "no tensor"
+    return ", ".join(told(t, strides=True) for t in made) or "no tensor"
 
 
 def _nodes(call: Call) -> list[fx.Node]:

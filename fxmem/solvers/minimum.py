@@ -9,12 +9,11 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 
-from ..problem import Problem
 from ..schedule import Schedule, simulate
 from .base import Answer, Task
 from .pool import Pool
 from .search import advice_packed, better, cheaper, first_states, squeeze
-from .stages import compile_problem
+from .stages import Compiled, compile_problem
 from .state import State, desires, least_possible_bytes
 
 NEARLY = 1e-3  # of a peak: the last thousandths are a few small storages that take whole layers to make again
@@ -47,11 +46,9 @@ def smallest_schedule(task: Task, effort_s: float = LEAST_EFFORT_S) -> Answer:
     return Answer(schedule, interrupted=best.interrupted)
 
 
-def easily_reached_bytes(problem: Problem) -> int:
-    """The least peak of what the search begins with, which takes no time to speak of."""
-    compiled = compile_problem(problem)
-    floor_bytes = least_possible_bytes(compiled)
-    return first_states(Task(problem, floor_bytes), compiled, floor_bytes).smallest_bytes
+def easily_reached_bytes(compiled: Compiled, floor_bytes: int) -> int:
+    """The least peak of what the search for floor_bytes begins with, which takes no time to speak of."""
+    return first_states(Task(compiled.problem, floor_bytes), compiled, floor_bytes).smallest_bytes
 
 
 def annealed(task: Task, schedule: Schedule) -> Answer:
