@@ -80,38 +80,27 @@ def choose_program(
 
     Raises InfeasibleBudgetError where none of them fits.
     """
-    found, errors, deadline = {}, [], time.monotonic() + time_limit_s
-    size_bytes = None if budget.is_free else budget.resolve(plain_peak_bytes)
-    worth_solving, floors = [0] if budget.is_free else _worth_solving(problems, size_bytes, deadline, budget.least), {}
-    if budget.least:
-        floors = {n: least_possible_bytes(compile_problem(problems[n])) for n in worth_solving}
-        worth_solving.sort(key=floors.__getitem__)
-    for already, number in enumerate(worth_solving):
-        problem, slower = problems[number], _slower(problems[number], problems[0])
-        wanted = budget
-        if any(_is_settled(budget, solution, slower) for solution in found.values()):
+    found, errors, deadline, stopped = {}, [], time.monotonic() + time_limit_s, False
+    slower = [_slower(problem, problems[0]) for problem in problems]
+    in_turn, floors = _in_turn(problems, slower, budget, plain_peak_bytes, deadline)
+    for already, number in enumerate(in_turn):
+        if any(_is_settled(budget, s, slower[number], floors.get(number)) for s in found.values()):
             continue
-        if floors and any(floors[number] > s.timeline.peak_bytes * (1 + NEARLY) for s in found.values()):
-            continue
-        if budget.max_overhead is not None:
-            wanted = replace(budget, max_overhead=(1 + budget.max_overhead) / (1 + slower) - 1)
-            if wanted.max_overhead < 0:
-                continue
+        left = len(in_turn) - already
+        share_s = max((deadline - time.monotonic()) / left, time_limit_s / len(in_turn) / 2)  # even behind a slow one
+        own, known = _over_own(budget, slower[number]), (starts or {}).get(number, ())
         try:
-            left = len(worth_solving) - already
-            share_s = max((deadline - time.monotonic()) / left, time_limit_s / len(worth_solving) / 2)  # even behind a slow one
-            known = (starts or {}).get(number, ())
-            solution = choose(problem, wanted, plain_peak_bytes, solver, share_s, known)
+            solution = choose(problems[number], own, plain_peak_bytes, solver, share_s, known)
         except InfeasibleBudgetError as error:
             errors.append(error)
             continue
         except KeyboardInterrupt:  # before it had anything that fits
             if not found:
                 raise
-            found = {n: interrupted(s) for n, s in found.items()}
-            break
-        found[number] = _over_plain(solution, slower)
-        if solution.interrupted:
+            stopped = True
+        else:
+            found[number], stopped = _over_plain(solution, slower[number]), solution.interrupted
+        if stopped:
             found = {n: interrupted(s) for n, s in found.items()}
             break
     if not found:
@@ -120,6 +109,22 @@ def choose_program(
         least = least_of(found.values())
         return next((n, s) for n, s in found.items() if s is least)
     return min(found.items(), key=lambda item: _worth(item[1], least=budget.max_overhead is not None))
+
+
+def _in_turn(
+    problems: Sequence[Problem], slower: Sequence[float], budget: Budget, plain_peak_bytes: int, deadline: float
+) -> tuple[list[int], dict[int, int]]:
+    """The programs to solve, one after the other, and, where the least peak is looked for, the least possible one of each. One
+    that takes more time than it may by itself is none of them, so that it has no share of the time either."""
+    if budget.is_free:
+        return [0], {}
+    worth_solving = _worth_solving(problems, budget.resolve(plain_peak_bytes), deadline, budget.least)
+    if budget.max_overhead is not None:
+        worth_solving = [n for n in worth_solving if slower[n] <= budget.max_overhead]
+    if not budget.least:
+        return worth_solving, {}
+    floors = {n: least_possible_bytes(compile_problem(problems[n])) for n in worth_solving}
+    return sorted(worth_solving, key=floors.__getitem__), floors
 
 
 def choose_frontier(problems: Sequence[Problem], points: int, time_limit_s: float) -> list[tuple[int, Solution]]:
@@ -146,9 +151,12 @@ def _slower(problem: Problem, plain: Problem) -> float:
     return max(0.0, problem.plain_time_s / (plain.plain_time_s or 1.0) - 1)
 
 
-def _is_settled(budget: Budget, known: Solution, slower: float) -> bool:
-    """Whether no plan of a program that is so much slower than the plain one can be better than what is known."""
-    return not budget.least and budget.max_overhead is None and known.timeline.overhead <= slower
+def _is_settled(budget: Budget, known: Solution, slower: float, floor_bytes: int | None) -> bool:
+    """Whether no plan of a program can be better than what is known: it is so much slower than the plain one, or, where the least
+    peak is looked for, cannot be as low."""
+    if floor_bytes is not None:
+        return floor_bytes > known.timeline.peak_bytes * (1 + NEARLY)
+    return budget.max_overhead is None and known.timeline.overhead <= slower
 
 
 def _worth_solving(
@@ -197,6 +205,13 @@ def _is_better(promised: tuple, of_other: tuple) -> bool | None:
     if any(low < high * (1 - WORTH_AN_ORDER) for low, high in pairs):
         return True
     return False if len(pairs) == len(promised) else None
+
+
+def _over_own(budget: Budget, slower: float) -> Budget:
+    """With the extra time that it allows over the plain one's step told over that of a program that is so much slower."""
+    if budget.max_overhead is None:
+        return budget
+    return replace(budget, max_overhead=max(0.0, (1 + budget.max_overhead) / (1 + slower) - 1))
 
 
 def _over_plain(solution: Solution, slower: float) -> Solution:

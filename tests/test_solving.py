@@ -145,3 +145,17 @@ def test_no_program_is_solved_that_is_slower_than_what_is_known(monkeypatch):
     programs = timed, reordered(timed, early_gradients(timed)), slower
     answers(monkeypatch, (25, 0.1), AssertionError("it takes a third more time"))
     assert choose_program(programs, Budget(size_bytes=25), 36)[0] == 1
+
+
+@pytest.mark.parametrize(("max_overhead", "shares_s"), [(0.2, [8.0]), (0.3, [4.0, 8.0])])
+def test_a_program_that_is_too_slow_has_no_share_of_the_time(monkeypatch, max_overhead, shares_s):
+    """The second one takes a quarter more time than the first."""
+    given = []
+
+    def choose(problem, budget, plain_peak_bytes, solver, time_limit_s, starts):
+        given.append(time_limit_s)
+        return unsolved(problem)
+
+    monkeypatch.setattr(solving, "choose", choose)
+    choose_program(PROGRAMS, Budget(max_overhead=max_overhead), 140, time_limit_s=8.0)
+    assert given == pytest.approx(shares_s, abs=0.5)
