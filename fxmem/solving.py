@@ -152,8 +152,8 @@ def _slower(problem: Problem, plain: Problem) -> float:
 
 
 def _is_settled(budget: Budget, known: Solution, slower: float, floor_bytes: int | None) -> bool:
-    """Whether no plan of a program can be better than what is known: it is so much slower than the plain one, or, where the least
-    peak is looked for, cannot be as low."""
+    """Whether no plan of a program can be better than what is known: it is so much slower than the plain one, or, where the
+    least peak is looked for, cannot be as low."""
     if floor_bytes is not None:
         return floor_bytes > known.timeline.peak_bytes * (1 + NEARLY)
     return budget.max_overhead is None and known.timeline.overhead <= slower
