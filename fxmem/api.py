@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from .budget import check_time_limit, parse_budget
-from .capture import check_inputs, example_inputs_of
+from .capture import check_inputs, example_inputs_of, tensors_of
 from .codegen.assemble import assemble
 from .codegen.calls import canonical_call, check_is_no_tensor
 from .codegen.partition import partition
@@ -29,7 +29,7 @@ from .prepared import Prepared, prepare
 from .progress import phase, showing
 from .solvers import find_solver, solve_alone
 from .solving import check_solver, choose_frontier
-from .torch_internals import COLLECTING_HOOKS, FakeTensor, pytree
+from .torch_internals import COLLECTING_HOOKS, FakeTensor
 
 log = logging.getLogger(__name__)
 
@@ -291,8 +291,8 @@ def _check_switches(**given: Any) -> None:
 
 def _default_cost(module: nn.Module, args: tuple, kwargs: dict) -> str:
     """Measured, where there are real tensors on a real device."""
-    tensors = [t for t in (*module.parameters(), *pytree.tree_leaves((args, kwargs))) if isinstance(t, torch.Tensor)]
-    return "roofline" if any(t.is_meta or isinstance(t, FakeTensor) for t in tensors) else "measured"
+    unreal = any(t.is_meta or isinstance(t, FakeTensor) for t in tensors_of(module, args, kwargs))
+    return "roofline" if unreal else "measured"
 
 
 def _warn_of_hooks(module: nn.Module) -> None:

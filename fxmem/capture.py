@@ -143,6 +143,17 @@ def on_fake_tensors(module: nn.Module, args: tuple, kwargs: dict) -> tuple[nn.Mo
     return module, *_fake_inputs(module, args, kwargs)
 
 
+def tensors_of(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
+    """Parameters, buffers, and the tensors of a call."""
+    leaves = (*module.parameters(), *module.buffers(), *pytree.tree_leaves((args, kwargs)))
+    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+
+
+def device_of(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> torch.device | None:
+    """Where a call's tensors are; None where all are on meta."""
+    return next((t.device for t in tensors_of(module, args, kwargs) if not t.is_meta), None)
+
+
 def _check_state(module: nn.Module) -> None:
     lazy = next((name for name, t in (*module.named_parameters(), *module.named_buffers()) if is_lazy(t)), None)
     if lazy is not None:
@@ -200,11 +211,8 @@ def _fake_inputs(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, d
     A tensor that is given twice becomes two, each with bytes of its own: a plan is one for other values, too, which need not be
     the same for both arguments.
     """
-    tensors = [
-        t for t in (*module.parameters(), *module.buffers(), *pytree.tree_leaves((args, kwargs))) if isinstance(t, torch.Tensor)
-    ]
-    device = next((t.device for t in tensors if not t.is_meta), torch.device("cpu"))
-    mode = next((t.fake_mode for t in tensors if isinstance(t, FakeTensor)), None) or FakeTensorMode()
+    device = device_of(module, args, kwargs) or torch.device("cpu")
+    mode = next((t.fake_mode for t in tensors_of(module, args, kwargs) if isinstance(t, FakeTensor)), None) or FakeTensorMode()
     copies, seen = FakeCopies(mode, meta_as=device), set()
 
     def fake(leaf):

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .baseline import EagerTimeline, Workspace, eager_timeline
-from .capture import Capture, capture
+from .capture import Capture, capture, device_of
 from .codegen.assemble import assemble
 from .codegen.partition import partition
 from .codegen.planned import PlannedModule
@@ -31,7 +31,7 @@ from .passes import (
     UpdateBuffers,
     WriteViews,
 )
-from .prepared import device_of, shape_prop
+from .prepared import shape_prop
 from .progress import phase
 from .solving import unsolved
 

@@ -91,7 +91,7 @@ def draws_random_numbers(node: fx.Node) -> bool:
     return not arguments or arguments.kwargs.get("dropout_p") != 0.0
 
 
-def device_of(node: fx.Node) -> torch.device:
+def node_device(node: fx.Node) -> torch.device:
     """The device of the node's first tensor."""
     value = node.meta["val"]
     first = value if isinstance(value, torch.Tensor) else next(v for v in value if isinstance(v, torch.Tensor))
@@ -100,7 +100,7 @@ def device_of(node: fx.Node) -> torch.device:
 
 def rng_state_bytes(node: fx.Node) -> int:
     """Bytes of a saved state of the generator that the node draws from (Mersenne Twister, or Philox seed and offset)."""
-    return 16 if device_of(node).type == "cuda" else 5056
+    return 16 if node_device(node).type == "cuda" else 5056
 
 
 def _storage(info: StorageInfo) -> Storage:

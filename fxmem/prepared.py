@@ -14,7 +14,7 @@ from torch import fx, nn
 
 from .baseline import EagerTimeline, eager_timeline
 from .budget import Budget
-from .capture import Capture, capture
+from .capture import Capture, capture, device_of
 from .cost import CostModel, cost_model, workspace_of
 from .decisions import Origin, Plan
 from .errors import CaptureError
@@ -231,14 +231,6 @@ def _told(leaf: Any) -> str:
     if not isinstance(leaf, torch.Tensor):
         return repr(leaf)
     return told(leaf, strides=not leaf.is_contiguous())
-
-
-def device_of(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> torch.device | None:
-    """Where a call's tensors are; None where all are on meta."""
-    tensors = (
-        t for t in (*module.parameters(), *module.buffers(), *pytree.tree_leaves((args, kwargs))) if isinstance(t, torch.Tensor)
-    )
-    return next((t.device for t in tensors if not t.is_meta), None)
 
 
 def _cost_model(cost: str | CostModel, device: torch.device | None) -> CostModel:

@@ -13,7 +13,7 @@ from torch import fx
 
 from ..graph_meta import is_view
 from ..inplace import INPLACE_FORMS
-from ..lowering import BATCH_NORM, Lowered, device_of, draws_random_numbers
+from ..lowering import BATCH_NORM, Lowered, draws_random_numbers, node_device
 from ..schedule import Schedule, Timeline, forward_length
 from .operators import dropout_apply, replay, rng_state
 
@@ -111,7 +111,7 @@ class _Emitter:
         problem, offer = self.lowered.problem, node.meta.get("fxmem_offers")
         again = step >= self.forward_steps and problem.program_index(index) not in problem.backward
         if draws_random_numbers(node) and not again and index in self.repeated:
-            self.states[node] = self._call(rng_state, (str(device_of(node)),), {}, f"{node.name}_rng_state")
+            self.states[node] = self._call(rng_state, (str(node_device(node)),), {}, f"{node.name}_rng_state")
         arguments, keywords = fx.map_arg(node.args, self._resolve), fx.map_arg(node.kwargs, self._resolve)
         for storage in set(self.lowered.problem.operators[index].outputs) - self.lowered.problem.outputs:
             for alias in self.aliases[storage]:
@@ -133,7 +133,7 @@ class _Emitter:
     def _form(self, node: fx.Node, again: bool, pair: tuple[int, int] | None, arguments: tuple, keywords: dict):
         """How a step runs: plainly, in place, or as the repeat of what must not happen twice."""
         if again and node in self.states:
-            return replay, (self.states[node], str(device_of(node)), node.target, *arguments), keywords
+            return replay, (self.states[node], str(node_device(node)), node.target, *arguments), keywords
         if again and node.target is BATCH_NORM and node.args[5] is True:
             # Statistics move once: the repeat neither reads nor makes the running ones.
             return aten._native_batch_norm_legit.no_stats, (*arguments[:3], *arguments[5:]), keywords

@@ -11,7 +11,7 @@ from torch import fx
 from ..codegen.arena import Layout, Slot
 from ..codegen.operators import replay
 from ..graph_meta import require
-from ..lowering import Lowered, device_of
+from ..lowering import Lowered, node_device
 from ..memory import ArenaPlan, Buffer, Place, buffers_of, plan_arena
 from ..outforms import OutForm, out_form
 from ..schedule import Schedule
@@ -50,7 +50,7 @@ class PlaceInArena(Pass):
     def _device_type(self, graph: fx.Graph) -> str:
         """Where the step runs: "cuda" as soon as one of its arguments is there, since only numbers stay on the CPU then."""
         found = {
-            device_of(n).type for n in graph.nodes if n.op == "placeholder" and isinstance(n.meta.get("val"), torch.Tensor)
+            node_device(n).type for n in graph.nodes if n.op == "placeholder" and isinstance(n.meta.get("val"), torch.Tensor)
         }
         return max(found, default="cpu")
 
