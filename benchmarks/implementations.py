@@ -137,10 +137,10 @@ def _alternatives(problem) -> set[int]:
 
 def monet(limit_s: float) -> Iterator[dict]:
     """MONeT's models, batches and smallest budgets, planned for its device: at its fraction of the plain peak, with PyTorch's
-    own operators and with all, and in its bytes."""
+    own operators, with all bitwise implementations and with the accurate ones too; and in its bytes."""
     for name, (budget_gib, plain_gib, theirs) in MONET.items():
         example, fraction = SOLVER_MODELS[name](), f"{budget_gib / plain_gib:.3f}"
-        for way, budgets in (("in place", [fraction]), ("all", [fraction, f"{budget_gib} GiB"])):
+        for way, budgets in (("in place", [fraction]), ("all", [fraction, f"{budget_gib} GiB"]), ("accurate", [fraction])):
             for text, plan in _plans(_prepared(example, "P100", way), budgets, limit_s):
                 row = {"part": "monet", "model": name, "device": "P100", "budget": text, "way": way, "theirs": theirs}
                 yield row | _promised(plan)

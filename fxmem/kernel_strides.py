@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .torch_internals import OpOverload, dense_strides, is_dense, suggested_format
+from .torch_internals import OpOverload, channels_last_format, dense_strides, is_dense, suggested_format
 
 aten = torch.ops.aten
 Strides = tuple[int, ...]
@@ -134,23 +134,17 @@ def batch_norm(made: torch.Tensor, given: tuple) -> Strides:
     x = given[0]
     if x.is_contiguous():
         return contiguous(made, given)
-    return dense_strides(made.shape, _format_of_contiguous(x) or suggested_format(x))
+    return dense_strides(made.shape, channels_last_format(x) or suggested_format(x))
 
 
 def batch_norm_backward(made: torch.Tensor, given: tuple) -> Strides:
     """As batch norm, where the gradient is contiguous, too, and its strides suggest the same format."""
     gradient, x = given[:2]
     suggested = suggested_format(x)
-    whole = gradient.is_contiguous() or _format_of_contiguous(gradient)
+    whole = gradient.is_contiguous() or channels_last_format(gradient)
     if whole and suggested_format(gradient) is suggested:
         return batch_norm(made, (x,))
     return dense_strides(made.shape, suggested)
-
-
-def _format_of_contiguous(tensor: torch.Tensor) -> torch.memory_format | None:
-    """The channels-last format in which a tensor is contiguous."""
-    found = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.dim())
-    return found if found and tensor.is_contiguous(memory_format=found) else None
 
 
 def rolled(made: torch.Tensor, given: tuple) -> Strides:

@@ -16,7 +16,7 @@ from torch import fx
 
 from .codegen.operators import dropout_apply
 from .inplace import INPLACE_FORMS, InplaceForm
-from .torch_internals import OpOverload, out_names, out_overload
+from .torch_internals import OpOverload, in_usual_format, out_names, out_overload
 
 aten = torch.ops.aten
 # They return nothing, as PyTorch's compiler wants it of operators other than its own.
@@ -154,10 +154,11 @@ def _unscaled(value, other, alpha=1) -> tuple | None:
     return (value, other) if alpha == 1 else None
 
 
-def _mixed(args: tuple) -> bool:
-    """Whether a batch norm's operand has less precision than its weights: fake tensors then mistake the statistics' type."""
-    types = {(a.meta["val"] if isinstance(a, fx.Node) else a).dtype for a in args if isinstance(a, fx.Node | torch.Tensor)}
-    return len(types) > 1
+def _is_odd(args: tuple) -> bool:
+    """Whether a batch norm's operand has less precision than its weights, where fake tensors mistake the type of statistics, or
+    has gaps, where the kernel begins its sums with whatever lies in the memory that it is given for them."""
+    tensors = [a.meta["val"] if isinstance(a, fx.Node) else a for a in args if isinstance(a, fx.Node | torch.Tensor)]
+    return len({t.dtype for t in tensors}) > 1 or not in_usual_format(tensors[0])
 
 
 # operator -> (form, its arguments from the operator's, kinds of devices for which the two are the same)
@@ -193,7 +194,7 @@ ELSEWHERE = {aten._fft_c2c.default, aten._fft_r2c.default, aten._fft_c2r.default
 
 def out_form(target: Any, args: tuple, kwargs: dict[str, Any], device_type: str) -> OutForm | None:
     """The form of an operator's call that writes where it is told, by kernels of its own on a kind of device, or None."""
-    if not isinstance(target, OpOverload) or target in ELSEWHERE or (target in BATCH_NORMS and _mixed(args)):
+    if not isinstance(target, OpOverload) or target in ELSEWHERE or (target in BATCH_NORMS and _is_odd(args)):
         return None
     if target not in MADE_UP:
         own = out_overload(target, device_type)

@@ -1,5 +1,6 @@
 """Cost models: exact formulas, known operators' workspace, and that measuring leaves no trace."""
 
+import itertools
 import operator
 import types
 
@@ -160,7 +161,7 @@ def transposed(grad, x, weight, bias, stride, padding, dilation, _, *rest):
 
 
 PATCHES = conv_backward_args(16, channels=3, size=64, kernel=16)
-X, Y = rand(4, 32, 16, 16), rand(2, 64, 48)
+X, Y, V = rand(4, 32, 16, 16), rand(2, 64, 48), rand(32)
 Q = rand(2, 64, 3, 8).transpose(1, 2)
 WORKSPACE_CASES = {
     "conv": (aten.convolution.default, conv_args()),
@@ -223,6 +224,56 @@ def test_workspace_formula_is_never_below_what_the_allocator_saw(name):
     small_change = 32 << 10  # scratch that does not grow with the operands
     assert measured <= formula + small_change
     assert formula <= 4 * measured + 8 * small_change
+
+
+def laid(how: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """8 images of 32 channels, of 32 x 32: contiguous, channels-last, every second of the channels, or turned on their side."""
+    shape = (8, 32, 32, 32)
+    if how == "gaps":
+        return torch.empty(8, 64, 32, 32, dtype=dtype)[:, ::2]
+    if how == "turned":
+        return torch.empty(shape, dtype=dtype).transpose(2, 3)
+    return torch.empty(shape, dtype=dtype).to(memory_format=CHANNELS_LAST if how == "last" else torch.contiguous_format)
+
+
+CHANNELS_LAST = torch.channels_last
+POOL = ([3, 3], [1, 1], [1, 1])
+LAID_OUT = {  # of one operand, or two
+    "batch norm": (aten._native_batch_norm_legit.no_stats, lambda x: (x, V, V, True, 0.1, 1e-5)),
+    "batch norm backward": (
+        aten.native_batch_norm_backward.default,
+        lambda g, x: (g, x, V, None, None, V, V, True, 1e-5, [True, True, True]),
+    ),
+    "layer norm": (aten.native_layer_norm.default, lambda x: (x, [32], V.to(x.dtype), None, 1e-5)),
+    "softmax": (aten._softmax.default, lambda x: (x, 1, False)),
+    "log-softmax backward": (aten._log_softmax_backward_data.default, lambda g, x: (g, x, 1, x.dtype)),
+    "max pool backward": (aten.max_pool2d_with_indices_backward.default, lambda g, x: (g, x, *POOL, [1, 1], False, g.long())),
+    "average pool backward": (aten.avg_pool2d_backward.default, lambda g, x: (g, x, *POOL, False, True, None)),
+    "padding": (aten.reflection_pad2d.default, lambda x: (x, [1, 1, 1, 1])),
+    "gelu backward": (aten.gelu_backward.default, lambda g, x: (g, x)),
+    "loss of pixels": (aten.nll_loss2d_forward.default, lambda x: (x, torch.zeros(8, 32, 32).long(), None, 1, -100)),
+    "mean squared error": (aten.mse_loss.default, lambda x, y: (x, y)),
+    "summed squared error": (aten.mse_loss.default, lambda x, y: (x, y, 2)),
+    "squared errors": (aten.mse_loss.default, lambda x, y: (x, y, 0)),
+    "cross entropy of bits": (aten.binary_cross_entropy_with_logits.default, lambda x, y: (x, y)),
+    "log of a sum": (aten.logsumexp.default, lambda x: (x, [1])),
+    "rolled": (aten.roll.default, lambda x: (x, [1, 1], [2, 3])),
+    "gathered": (aten.gather.default, lambda x: (x, 1, torch.zeros(8, 16, 32, 32).long())),
+    "columns": (aten.im2col.default, lambda x: (x, [3, 3], [1, 1], [1, 1], [1, 1])),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", LAID_OUT)
+def test_workspace_formula_in_every_layout(name, dtype):
+    """Never below what the allocator saw; and nothing where nothing is taken, of operands that are contiguous."""
+    target, arguments = LAID_OUT[name]
+    layouts = ("contiguous", "last", "gaps", "turned")
+    for hows in itertools.product(layouts, repeat=arguments.__code__.co_argcount):
+        call = fake_call(target, *arguments(*(laid(how, dtype) for how in hows)))
+        measured, formula = cost_model("measured", CPU).cost_of_call(call).workspace_bytes, workspace_bytes(call)
+        assert measured <= formula + (32 << 10), hows
+        assert formula <= 2 * measured + (64 << 10) or set(hows) != {"contiguous"}, hows
 
 
 @pytest.mark.parametrize("target", [aten.relu.default, aten.max_pool2d_with_indices.default, aten.add.Tensor])

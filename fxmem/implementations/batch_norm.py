@@ -8,8 +8,9 @@ import torch
 from torch import fx
 
 from ..cost.base import OpCall
+from ..torch_internals import in_usual_format
 from .base import Call, Choice, register_implementation
-from .operators import define, in_usual_format
+from .operators import define
 
 aten = torch.ops.aten
 FORWARDS = (aten._native_batch_norm_legit_functional.default, aten._native_batch_norm_legit.no_stats)
@@ -25,6 +26,8 @@ def batch_norm_statistics(node: fx.Node) -> Choice | None:
     item = next((u for u in forward.users if u.target is operator.getitem and u.args[1] == 0), None)
     if item is None or mean.meta["val"].dtype not in (torch.float32, torch.float64):
         return None  # in lower precision the kernel's own statistics are not those that it hands out
+    if not in_usual_format(x.meta["val"]):
+        return None  # there it multiplies one after the other, by the inverse deviation and by the weight
     return Choice(decode=Call(batch_norm_again, (x, *forward.args[1:3], mean, rstd)), decoded=item)
 
 
@@ -37,9 +40,8 @@ def _batch_norm_again(x, weight, bias, mean, rstd) -> torch.Tensor:
 
 
 def _workspace(call: OpCall) -> int:
-    """Statistics, and a copy of an input that is not contiguous."""
-    x = call.inputs[0]
-    return (0 if in_usual_format(x) else x.nbytes) + 5 * call.inputs[-1].nbytes
+    """Statistics."""
+    return 5 * call.inputs[-1].nbytes
 
 
 batch_norm_again = define(

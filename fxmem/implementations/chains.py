@@ -19,10 +19,10 @@ from torch import fx
 
 from ..codegen.operators import dropout_apply
 from ..graph_meta import is_backward
+from ..torch_internals import in_usual_format
 from .base import Call, Choice, register_implementation
 from .batch_norm import FORWARDS as BATCH_NORMS
 from .batch_norm import batch_norm_again
-from .operators import in_usual_format
 from .programs import chain, generates_code, group_norm_again, layer_norm_again
 
 aten = torch.ops.aten
@@ -92,7 +92,7 @@ def _call(value: fx.Node) -> Call | None:
         return Call(dropout_apply, (made.args[0], results[1], 1 / (1 - made.args[1])))
     if not {1, 2} <= results.keys() or results[1].meta["val"].dtype != value.meta["val"].dtype:
         return None
-    if made.target in BATCH_NORMS:
+    if made.target in BATCH_NORMS and in_usual_format(made.args[0].meta["val"]):
         return Call(batch_norm_again, (*made.args[:3], results[1], results[2]))
     if made.target is aten.native_layer_norm.default:
         return Call(layer_norm_again, (made.args[0], *made.args[2:4], results[1], results[2]))

@@ -13,8 +13,9 @@ import torch
 from torch import fx
 
 from ..cost.base import OpCall
+from ..cost.copies import LOW_PRECISION
 from ..cost.roofline import PARTS
-from ..cost.workspace import LOW_PRECISION, workspace_bytes
+from ..cost.workspace import workspace_bytes
 from ..fake_kernels import fake_mode_of
 from ..torch_internals import convolution_backend
 from .base import Call, Choice, register_implementation

@@ -6,9 +6,9 @@ import torch
 from torch import fx
 
 from ..codegen.operators import dropout_apply
+from ..torch_internals import in_usual_format
 from .base import CODE, Call, Choice, register_implementation
 from .bits import pack_mask, unpack_mask
-from .operators import in_usual_format
 
 
 @register_implementation("dropout_bits", dropout_apply, torch.ops.aten.native_dropout_backward.default)

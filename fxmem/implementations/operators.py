@@ -12,6 +12,7 @@ from ..cost.base import OpCall
 from ..cost.operands import OPERANDS
 from ..cost.workspace import WORKSPACE
 from ..inplace import INPLACE_FORMS, InplaceForm
+from ..torch_internals import in_usual_format
 
 _library = torch.library.Library("fxmem", "FRAGMENT")
 
@@ -47,13 +48,6 @@ def define_inplace(operator: Any, schema: str, kernel: Callable, second: bool = 
     _library.impl(name, kernel, "CompositeExplicitAutograd")
     target = getattr(torch.ops.fxmem, name).default
     INPLACE_FORMS[operator] = replace(INPLACE_FORMS[operator], second=target) if second else InplaceForm(target)
-
-
-def in_usual_format(tensor: torch.Tensor) -> bool:
-    """Whether the tensor fills its memory without gaps, in one of the usual formats."""
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    last = tensor.dim() in formats and tensor.is_contiguous(memory_format=formats[tensor.dim()])
-    return tensor.is_contiguous() or last
 
 
 def alike(*tensors: torch.Tensor) -> bool:
