@@ -26,7 +26,7 @@ from torch import fx, nn
 from torch.nn.parameter import is_lazy
 
 from .errors import CaptureError
-from .fake_kernels import FakeCopies, FakeTensorMode, fake_mode_of
+from .fake_kernels import FakeCopies, FakeTensorMode, LaidOutInPlace, fake_mode_of
 from .graph_meta import is_backward, source_of
 from .roles import assign_roles
 from .torch_internals import (
@@ -420,7 +420,7 @@ def _output_values(graph_module: fx.GraphModule, args: tuple, kwargs: dict) -> l
 
 
 def _aot(graph_module: fx.GraphModule, args: tuple, kwargs: dict) -> tuple[fx.GraphModule, Any]:
-    with _refusing(graph_module):
+    with _refusing(graph_module), LaidOutInPlace():
         joint, out_spec = joint_graph(graph_module, args, kwargs)
     joint.graph.set_codegen(fx.graph.CodeGen())
     for node in joint.graph.find_nodes(op="call_function", target=torch.ops.aten.detach.default):

@@ -11,11 +11,13 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
-from .kernel_strides import VIEWS, Rule, Strides, rules_of, view_strides
+from .kernel_strides import KEPT, LAID_ANEW, VIEWS, Rule, Strides, rules_of, view_strides
 from .torch_internals import FakeTensor, TorchFakeTensorMode, dense_strides, pytree, storage_key
 
 aten = torch.ops.aten
@@ -24,6 +26,22 @@ CPU = torch.device("cpu")
 LOSSES = {
     aten.mse_loss.default, aten.smooth_l1_loss.default, aten.binary_cross_entropy.default, aten.soft_margin_loss.default,
 }  # fmt: skip
+
+
+_in_place: ContextVar[bool] = ContextVar("in_place", default=False)
+
+
+class LaidOutInPlace(TorchFunctionMode):
+    """While it is on, what a method computes in place lies as its tensor does. Traced, it is a new tensor, which the kernel
+    would lay out by rules of its own."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        name = getattr(func, "__name__", "")
+        before = _in_place.set(name.endswith("_") and not name.endswith("__"))
+        try:
+            return func(*args, **(kwargs or {}))
+        finally:
+            _in_place.reset(before)
 
 
 class FakeTensorMode(TorchFakeTensorMode):
@@ -47,7 +65,8 @@ class FakeTensorMode(TorchFakeTensorMode):
         kwargs = kwargs or {}
         if func in VIEWS:
             return self._viewed(made, args[0])
-        rules = rules_of(func, args, kwargs)
+        kept = _in_place.get() and getattr(func, "overloadpacket", None) in LAID_ANEW
+        rules = (KEPT,) if kept else rules_of(func, args, kwargs)
         if not rules:
             return made
         results = made if isinstance(made, tuple) else (made,)

@@ -186,14 +186,21 @@ REVERSED = (aten.threshold_backward.default, aten.leaky_relu_backward.default)
 KEEPING = (
     aten.clone.default, aten._to_copy.default, aten.empty_like.default, aten.zeros_like.default, aten.ones_like.default,
     aten.full_like.default, aten.rand_like.default, aten.randn_like.default, aten.flip.default, aten.hardtanh.default,
-    aten._prelu_kernel.default, aten.log_sigmoid_backward.default,
+    aten._prelu_kernel.default, aten.log_sigmoid_backward.default, aten.bernoulli.p,  # that one as `MatchEager` writes it
 )  # fmt: skip
 RESAMPLING = (aten.upsample_nearest2d.default, aten.upsample_bilinear2d.default, aten.upsample_bicubic2d.default)
 CONTIGUOUS = (
     aten._softmax.default, aten._log_softmax.default, aten._softmax_backward_data.default,
     aten._log_softmax_backward_data.default, aten.native_layer_norm.default, aten.native_layer_norm_backward.default,
-    aten.linalg_vector_norm.default, aten.im2col.default, aten.tril.default, aten.triu.default, aten.masked_fill.Scalar,
+    aten.linalg_vector_norm.default, aten.im2col.default, aten.tril.default, aten.triu.default, aten.index_add.default,
+    aten.masked_fill.Scalar, aten.masked_fill.Tensor, aten.mse_loss_backward.default, aten.smooth_l1_loss_backward.default,
+    aten.huber_loss_backward.default,
 )  # fmt: skip
+# In place, they leave their operand as it lies; their forms that make a new tensor lay it out by rules of their own.
+LAID_ANEW = {
+    aten.masked_fill, aten.masked_scatter, aten.tril, aten.triu, aten.cumsum, aten.cumprod, aten.index_add, aten.index_copy,
+    aten.scatter, aten.scatter_add, aten.scatter_reduce, aten.renorm,
+}  # fmt: skip
 RULES: dict[OpOverload, tuple[Rule, ...]] = {  # of the first results of each operator
     **dict.fromkeys(BATCH_NORMS, (batch_norm,)),
     aten.native_batch_norm_backward.default: (batch_norm_backward,),
@@ -205,6 +212,7 @@ RULES: dict[OpOverload, tuple[Rule, ...]] = {  # of the first results of each op
     aten.glu.default: (gated,),
     aten.roll.default: (rolled,),
     aten.log_sigmoid_forward.default: (contiguous, contiguous),
+    aten.binary_cross_entropy_backward.default: (kept(1),),
     **dict.fromkeys(ITERATED, (elementwise(),)),
     **dict.fromkeys(REVERSED, (elementwise(1, 0),)),
     **dict.fromkeys(KEEPING, (KEPT,)),

@@ -104,6 +104,14 @@ BESIDE = {
     aten.silu_backward.default: lambda g, x: (g, x),
     aten.native_dropout_backward.default: lambda g, x: (g, x > 0.5, 2.0),
     aten.mse_loss.default: lambda g, x: (g, x, 0),
+    aten.mse_loss_backward.default: lambda g, x: (g, x, g, 0),
+    aten.smooth_l1_loss_backward.default: lambda g, x: (torch.tensor(1.0), g, x, 1, 1.0),
+    aten.huber_loss_backward.default: lambda g, x: (torch.tensor(1.0), g, x, 1, 1.0),
+    aten.binary_cross_entropy_backward.default: lambda g, x: (torch.tensor(1.0), g, x, None, 1),
+    aten.masked_fill.Tensor: lambda g, x: (g, x > 0.5, torch.tensor(0.0)),
+    aten.masked_scatter.default: lambda g, x: (g, x > 0.5, x),
+    aten.index_add.default: lambda g, x: (g, 1, torch.arange(x.shape[1]), x),
+    aten.scatter_add.default: lambda g, x: (g, 1, torch.zeros(x.shape, dtype=torch.int64), x),
     aten.add.Tensor: lambda g, x: (g, x),
     aten.cat.default: lambda g, x: ([g, x], 1),
 }  # fmt: skip
@@ -235,3 +243,63 @@ def test_norms_of_what_is_transposed(norm, inplace):
     x = torch.randn(3, 4, 12, 10, requires_grad=True)
     planned = assert_drop_in(AcrossTransposes(NORMS[norm]()), (x,), inplace=inplace, cost="measured")
     assert fxmem.measure(planned, (x,)).peak_bytes == planned.plan.predicted_peak_bytes
+
+
+class Between(nn.Module):
+    """A function between two convolutions, whose result is an output too."""
+
+    def __init__(self, function, sideways: bool = False):
+        super().__init__()
+        self.first, self.norm, self.last = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 3)
+        self.function, self.sideways = function, sideways
+
+    def forward(self, x):
+        h = self.first(x) * 1.5
+        h = self.function(h.transpose(2, 3)).transpose(2, 3) if self.sideways else self.function(h)
+        return self.last(self.norm(h)), h
+
+
+LAYERS_OF_CHANNELS = torch.tensor([0, 2])
+IN_PLACE = {
+    "masked_fill_": lambda h: h.masked_fill_(h > 0.5, 0.0),
+    "masked_fill_ by a tensor": lambda h: h.masked_fill_(h > 0.5, torch.tensor(0.1)),
+    "masked_fill_ of a part": lambda h: (h[:, ::2].masked_fill_(h[:, ::2] > 0.5, 0.0), h)[1],
+    "masked_fill": lambda h: h.masked_fill(h > 0.5, 0.0),
+    "tril_": lambda h: h.tril_(),
+    "cumsum_": lambda h: h.cumsum_(1),
+    "index_add_": lambda h: h.index_add_(1, LAYERS_OF_CHANNELS, torch.ones(len(h), 2, *h.shape[2:])),
+    "scatter_": lambda h: h.scatter_(1, torch.zeros(h.shape, dtype=torch.int64), 2.0),
+    "masked_scatter_": lambda h: h.masked_scatter_(h > 0.5, torch.ones(h.shape)),
+    "renorm_": lambda h: h.renorm_(2, 1, 1.0),
+}
+DRAWING = {
+    "dropout in place": nn.Dropout(0.3, inplace=True),
+    "alpha dropout": nn.AlphaDropout(0.3),
+    "bernoulli_": lambda h: h * torch.empty_like(h).bernoulli_(0.4),
+    "bernoulli_ of a part": lambda h: h * torch.cat([torch.empty_like(h[:, ::2]).bernoulli_(0.4)] * 2, 1),
+    "bernoulli": lambda h: h * torch.bernoulli(h.detach(), p=0.4),
+}
+
+
+@pytest.mark.parametrize("layout", ["channels last", "sideways"])
+@pytest.mark.parametrize("what", IN_PLACE | DRAWING)
+def test_what_is_computed_or_drawn_in_place_stays_as_it_lies(what, layout):
+    """Masks are drawn in the order in which values lie; traced, they are new tensors, which kernels lay out by other rules."""
+    torch.manual_seed(0)
+    memory_format = torch.channels_last if layout == "channels last" else torch.contiguous_format
+    plain = Between((IN_PLACE | DRAWING)[what], layout == "sideways").to(memory_format=memory_format)
+    x = torch.randn(2, 3, 8, 8).to(memory_format=memory_format)
+    planned = assert_drop_in(plain, (x,), cost="measured", output_gradients="all")
+    torch.manual_seed(0)
+    expected = [y.stride() for y in plain(x)]
+    assert [y.stride() for y in planned(x)] == expected
+    assert fxmem.measure(planned, (x,)).peak_bytes <= planned.plan.predicted_peak_bytes
+
+
+@pytest.mark.parametrize("loss", [nn.functional.mse_loss, nn.functional.smooth_l1_loss, nn.functional.huber_loss])
+def test_a_loss_of_what_is_transposed(loss):
+    class Forecast(nn.Linear):
+        def forward(self, x):
+            return loss(super().forward(x).transpose(1, 2), x.transpose(1, 2))
+
+    assert_drop_in(Forecast(8, 8), (torch.randn(4, 6, 8),), budget=None)

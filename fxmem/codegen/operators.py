@@ -7,11 +7,12 @@ from collections.abc import Callable
 import torch
 
 from ..inplace import INPLACE_FORMS, InplaceForm
-from ..torch_internals import suggested_format
+from ..torch_internals import is_dense, suggested_format
 
 __all__ = [
     "SCATTERS",
     "as_strided_scatter",
+    "bernoulli",
     "dropout_apply",
     "in_format_of",
     "in_kernel_format",
@@ -43,6 +44,17 @@ _library.define("dropout_apply_(Tensor(a!) value, Tensor mask, float scale) -> T
 _library.impl("dropout_apply_", _dropout_apply_, "CompositeExplicitAutograd")
 dropout_apply = torch.ops.fxmem.dropout_apply.default
 INPLACE_FORMS[dropout_apply] = InplaceForm(torch.ops.fxmem.dropout_apply_.default)
+
+
+def _bernoulli(like: torch.Tensor, p: float) -> torch.Tensor:
+    """What `like.bernoulli_(p)` draws: in the order in which that lies in memory, not in that of a contiguous tensor."""
+    drawn = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device).bernoulli_(p)
+    return drawn if is_dense(drawn) else drawn.contiguous()
+
+
+_library.define("bernoulli(Tensor like, float p) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
+_library.impl("bernoulli", _bernoulli, "CompositeExplicitAutograd")
+bernoulli = torch.ops.fxmem.bernoulli.default
 
 
 def _laid_out(value: torch.Tensor, size: list[int], stride: list[int], dtype: torch.dtype) -> torch.Tensor:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import fx
 
-from ..codegen.operators import dropout_apply, in_format_of, in_kernel_format, laid_out
-from .base import Pass, made_like
+from ..codegen.operators import bernoulli, dropout_apply, in_format_of, in_kernel_format, laid_out
+from ..kernel_strides import LAID_ANEW
+from .base import Pass, fake_result, layouts, made_like
 
 aten = torch.ops.aten
 NATIVE_DROPOUT = aten.native_dropout.default
@@ -24,6 +27,11 @@ class MatchEager(Pass):
     Group norm reads the memory format off the strides, also off those of dimensions of size one, which fake operators choose
     differently: it checks again when it runs.
 
+    `bernoulli_` (in `Dropout(inplace=True)` and `AlphaDropout`, say) draws in the order in which its tensor lies in memory; the
+    traced `bernoulli` draws for a contiguous one.
+
+    What is computed in place stays as it lies, where the same operator's kernel would lay out a new tensor otherwise.
+
     A GRU's cell computes its gates in place, where all of them lie side by side. What of a row is left over when vectors are
     full is rounded otherwise, so they are laid out as far apart here, too.
     """
@@ -37,6 +45,8 @@ class MatchEager(Pass):
         modified = self._same_dropout(graph_module) or bool(norms)
         modified = self._no_draws(graph_module) or modified
         modified = self._same_gates(graph_module) or modified
+        modified = self._same_order_of_draws(graph_module) or modified
+        modified = self._same_layout_in_place(graph_module) or modified
         return self._same_formats(graph_module) or modified
 
     def _same_gates(self, graph_module: fx.GraphModule) -> bool:
@@ -52,6 +62,34 @@ class MatchEager(Pass):
             node.replace_input_with(gate, apart)
             modified = True
         return modified
+
+    def _same_order_of_draws(self, graph_module: fx.GraphModule) -> bool:
+        found = [
+            node
+            for node in graph_module.graph.find_nodes(op="call_function", target=aten.bernoulli.p)
+            if not node.args[0].meta["val"].is_contiguous()
+        ]
+        for node in found:
+            if _caller(node) is torch.bernoulli:  # which does draw for a contiguous one
+                self._lay_out(node)
+            else:
+                node.target, node.args, node.kwargs = bernoulli, node.args[:2] if node.args[1:] else (node.args[0], 0.5), {}
+        return bool(found)
+
+    def _same_layout_in_place(self, graph_module: fx.GraphModule) -> bool:
+        found = [n for n in graph_module.graph.nodes if getattr(n.target, "overloadpacket", None) in LAID_ANEW]
+        found = [n for n in found if layouts(fake_result(n.target, n.args, n.kwargs)) != layouts(n.meta["val"])]
+        for node in found:
+            self._lay_out(node)
+        return bool(found)
+
+    def _lay_out(self, node: fx.Node) -> None:
+        """Hand on what a node makes as it was traced, whatever strides its kernel gives it."""
+        value = node.meta["val"]
+        with node.graph.inserting_after(node):
+            how = list(value.shape), list(value.stride())
+            made = made_like(node, laid_out, (node, *how), {"dtype": value.dtype})
+        node.replace_all_uses_with(made, delete_user_cb=lambda user: user is not made)
 
     def _same_formats(self, graph_module: fx.GraphModule) -> bool:
         found = [
@@ -106,5 +144,10 @@ class MatchEager(Pass):
 
 def _is_of_gru_cell(node: fx.Node) -> bool:
     """Whether a sum of gates is its operand, in a layer of PyTorch's or in what that calls."""
+    return _caller(node) in GRU_CELLS and node.args[0].target is aten.add.Tensor
+
+
+def _caller(node: fx.Node) -> Any:
+    """The layer or function of PyTorch's that a node is a part of."""
     callers = [caller for _, caller in node.meta.get("source_fn_stack") or ()]
-    return bool(callers) and callers[-1] in GRU_CELLS and node.args[0].target is aten.add.Tensor
+    return callers[-1] if callers else None
