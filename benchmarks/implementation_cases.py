@@ -9,11 +9,14 @@ from torch import nn
 
 
 class Between(nn.Module):
-    """A layer between two that need gradients, its input scaled so that every case occurs."""
+    """A layer between two that need gradients, its input scaled so that every case occurs; norms' weights are not one, so that
+    it shows in which order products are taken."""
 
     def __init__(self, *layers: nn.Module, channels: int = 4):
         super().__init__()
         self.before, self.layers = nn.Conv2d(3, channels, 3, padding=1), nn.Sequential(*layers)
+        for weight in (p for p in self.layers.parameters() if p.dim() == 1):
+            nn.init.uniform_(weight, 0.5, 1.5)
 
     def forward(self, x):
         return self.layers(4 * self.before(x)) * 2
@@ -70,14 +73,14 @@ class TiedHead(nn.Module):
 
 
 class Residual(nn.Module):
-    """What a residual block does between two convolutions."""
+    """What a residual block does between two convolutions; its values are read in the backward, not their signs alone."""
 
     def __init__(self, channels: int):
         super().__init__()
         self.one, self.two = nn.BatchNorm2d(channels), nn.BatchNorm2d(channels)
 
     def forward(self, x):
-        return torch.relu(self.two(x.clamp(-3, 3)) + torch.relu(self.one(x)))
+        return torch.relu(self.two(x.clamp(-3, 3)) + torch.relu(self.one(x))) * x
 
 
 class Dense(nn.Module):

@@ -111,14 +111,13 @@ class Prepared:
             origin=self.origin,
         )
 
-    def under(self, cost: str | CostModel) -> Prepared:
-        """The same capture costed otherwise."""
+    def under(self, cost: str | CostModel, baseline: EagerTimeline | None = None) -> Prepared:
+        """The same capture costed otherwise. baseline: the plain module's memory under that cost model, where it is known."""
         model = _cost_model(cost, self.device)
         detail(f"Costs, {model.name}")
         Costs(model)(self.captured.joint)
-        elsewhere = _on_gpu(model) != _on_gpu(self.cost_model)
-        baseline = _baseline(self.captured, model) if elsewhere else self.baseline
-        rewritten = self.rewritten and self.rewritten.under(model)
+        baseline = baseline or _baseline(self.captured, model)
+        rewritten = self.rewritten and self.rewritten.under(model, baseline)
         lowered = _lowered(self.captured, self.origin)
         return replace(self, lowered=lowered, baseline=baseline, cost_model=model, rewritten=rewritten)
 
@@ -235,10 +234,6 @@ def _told(leaf: Any) -> str:
 
 def _cost_model(cost: str | CostModel, device: torch.device | None) -> CostModel:
     return cost_model(cost, device or torch.device("cpu"), anywhere=device is None)
-
-
-def _on_gpu(model: CostModel) -> bool | None:
-    return getattr(model, "on_gpu", None)
 
 
 def _baseline(captured: Capture, model: CostModel) -> EagerTimeline:

@@ -105,6 +105,25 @@ def test_batch_norm_in_half_precision(dtype, wide):
         assert torch.equal(copy.deepcopy(module)(x), planned(x))
 
 
+@pytest.mark.parametrize("sideways", [False, True])
+def test_batch_norm_of_what_has_gaps(sideways):
+    """Told where to write, the kernel would begin its sums with what lies there."""
+
+    class Part(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.norm, self.last = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3)
+
+        def forward(self, x):
+            part = self.first(x).chunk(2, 1)[0]
+            return self.last(self.norm(part.transpose(2, 3) if sideways else part))
+
+    args = (torch.randn(4, 3, 16, 16),)
+    plain, planned = planned_pair(Part, args)
+    with poisoned_arenas():
+        assert_same_steps(plain, planned, args)
+
+
 def test_without_an_arena_nothing_changes():
     torch.manual_seed(0)
     planned = transform(ConvNet(), IMAGES, budget=None)

@@ -93,6 +93,17 @@ def test_settings_of_layers_count():
     assert len(said) == 1
 
 
+def test_settings_that_are_tuples_count():
+    """Also of a GraphModule's layers, which is captured as it is."""
+    for wrap in (torch.fx.symbolic_trace, lambda module: module):
+        plain = wrap(nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d((1, 1)), nn.Conv2d(4, 4, 1)))
+        args = (torch.randn(2, 3, 8, 8),)
+        planned = transform(copy.deepcopy(plain), args, budget=None)
+        for module in (plain, planned):
+            module.get_submodule("1").output_size = (2, 2)
+        assert_same_steps(plain, planned, args, steps=1)
+
+
 class Scaled(nn.Module):
     """Computes with numbers of its own, at the top and inside, and counts what no gradient sees."""
 

@@ -219,6 +219,13 @@ def test_the_cache(tmp_path, monkeypatch, caplog):
     assert fxmem.plan(ConvNet(), IMAGES, budget=0.7, **options) == again
 
 
+def test_the_cache_changes_no_budget(tmp_path):
+    """A fraction is one of the plain peak as the given cost model has it."""
+    asked = {"budget": 0.7, "cost": "measured", "time_limit_s": 0.2}
+    found = [fxmem.plan(ConvNet(), IMAGES, **asked, **more) for more in ({}, {"cache_dir": tmp_path})]
+    assert found[0].baseline_by_kind == found[1].baseline_by_kind and found[0].budget_bytes == found[1].budget_bytes
+
+
 def test_an_interrupted_plan_is_not_kept(tmp_path, monkeypatch):
     solve_for = planning.solve_for
 

@@ -61,8 +61,11 @@ def _settings(module: nn.Module) -> tuple:
     kind = f"{type(module).__module__}.{type(module).__qualname__}"  # every GraphModule has a class of its own
     if not kind.startswith("torch.nn."):
         return kind, module.training
-    constants = (v for name, v in vars(module).items() if isinstance(v, CONSTANTS) and not name.startswith("_"))
-    return kind, *constants
+    return kind, *(repr(v) for name, v in vars(module).items() if _is_constant(v) and not name.startswith("_"))
+
+
+def _is_constant(value: Any) -> bool:
+    return isinstance(value, CONSTANTS) or (isinstance(value, tuple | list) and all(map(_is_constant, value)))
 
 
 def check_is_no_tensor(args: Any, error: type[Exception]) -> None:
