@@ -20,7 +20,7 @@ from torch import nn
 from .errors import MeasureError
 from .fake_kernels import FakeCopies, FakeTensorMode
 from .measuring import backward_roots
-from .torch_internals import TorchDispatchMode, captured_checkpoints, owners, pytree, restore_rng
+from .torch_internals import TorchDispatchMode, captured_checkpoints, owners, pytree, restore_rng, without_saved_tensors_hooks
 
 KINDS = ("parameter", "buffer", "input", "activation", "gradient", "workspace")
 ADD = torch.ops.aten.add.Tensor
@@ -45,6 +45,7 @@ class EagerTimeline:
     num_forward: int
 
 
+@without_saved_tensors_hooks()
 def eager_timeline(
     module: nn.Module,
     args: tuple = (),

@@ -25,7 +25,7 @@ import torch
 from torch import fx, nn
 from torch.nn.parameter import is_lazy
 
-from .errors import CaptureError
+from .errors import CaptureError, FxmemError
 from .fake_kernels import FakeCopies, FakeTensorMode, LaidOutInPlace, fake_mode_of
 from .graph_meta import is_backward, source_of
 from .roles import assign_roles
@@ -38,6 +38,7 @@ from .torch_internals import (
     pytree,
     quiet_tracing,
     restore_rng,
+    without_saved_tensors_hooks,
 )
 
 log = logging.getLogger(__name__)
@@ -76,6 +77,7 @@ class Capture:
     call: tuple[tuple, dict[str, Any]]
 
 
+@without_saved_tensors_hooks()
 def capture(
     module: nn.Module,
     args: tuple,
@@ -256,7 +258,7 @@ def _torch_level(module: nn.Module, args: tuple, kwargs: dict) -> tuple[fx.Graph
                 return copied, (), bound.args, {}
             return copied, (), args, kwargs
         module = module if hooked else copied  # without an exporter's own check of its inputs
-    with _refusing(module):
+    with refusing(type(module).__name__):
         traced, assignments, read = dynamo_graph(module, args, kwargs)
     _check_assignments(module, traced, assignments)
     return traced, read, args, kwargs
@@ -338,12 +340,12 @@ def _attribute(module: nn.Module, name: str) -> Any:
         return None
 
 
-def _refusal(module: nn.Module, error: Exception) -> str:
+def _refusal(name: str, error: Exception) -> str:
     """What stood in the way of one graph, in the user's terms: the first lines of PyTorch's message and the user's own line."""
     text = str(error).strip() or type(error).__name__
     failed = re.search(r"Dynamo failed to run FX node with fake tensors: (.*?)\(\*.*got \w+\((['\"])(.+?)\2\)", text)
     if failed:
-        return f"{type(module).__name__} fails on tensors like the example inputs: {failed[3]} (in {failed[1]})"
+        return f"{name} fails on tensors like the example inputs: {failed[3]} (in {failed[1]})"
     checked = re.search(r"with_effects.*While executing %(\w+).*?target=(?:torch\._C\._linalg\.)?([\w.]+)\]", text, re.DOTALL)
     own_frames = [f for f in re.findall(r'File "([^"]+)", line (\d+), in (\w+)', text) if "/torch/" not in f[0]]
     where = f" (at {own_frames[-1][0]}:{own_frames[-1][1]}, in {own_frames[-1][2]})" if own_frames else ""
@@ -360,7 +362,7 @@ def _refusal(module: nn.Module, error: Exception) -> str:
             "an output is an object that fxmem cannot look into: make the module return tensors in tuples, lists or dicts, "
             "or register its type (torch.export.register_dataclass; for a key-value cache, pass use_cache=False instead)"
         )
-    return f"{type(module).__name__} cannot be captured as one graph{where}: {reason}. {hint}."
+    return f"{name} cannot be captured as one graph{where}: {reason}. {hint}."
 
 
 def _detach_outputs(
@@ -414,13 +416,13 @@ def _output_values(graph_module: fx.GraphModule, args: tuple, kwargs: dict) -> l
     noted = [leaf.meta.get("example_value") if isinstance(leaf, fx.Node) else leaf for leaf in leaves]
     if not any(value is None and isinstance(leaf, fx.Node) for value, leaf in zip(noted, leaves, strict=True)):
         return noted
-    with _refusing(graph_module), fake_mode_of((args, kwargs), allow_real=True) as mode:
+    with refusing(type(graph_module).__name__), fake_mode_of((args, kwargs), allow_real=True) as mode:
         state = {name: _fake_state(mode, t) for name, t in (*graph_module.named_parameters(), *graph_module.named_buffers())}
         return pytree.tree_leaves(torch.func.functional_call(graph_module, state, args, kwargs))
 
 
 def _aot(graph_module: fx.GraphModule, args: tuple, kwargs: dict) -> tuple[fx.GraphModule, Any]:
-    with _refusing(graph_module), LaidOutInPlace():
+    with refusing(type(graph_module).__name__), LaidOutInPlace():
         joint, out_spec = joint_graph(graph_module, args, kwargs)
     joint.graph.set_codegen(fx.graph.CodeGen())
     for node in joint.graph.find_nodes(op="call_function", target=torch.ops.aten.detach.default):
@@ -437,12 +439,12 @@ def _aot(graph_module: fx.GraphModule, args: tuple, kwargs: dict) -> tuple[fx.Gr
 
 
 @contextlib.contextmanager
-def _refusing(module: nn.Module) -> Iterator[None]:
-    """Turn whatever PyTorch raises while it traces into a CaptureError in the user's terms."""
+def refusing(name: str) -> Iterator[None]:
+    """Turn whatever PyTorch raises while it traces a module, called so, into a CaptureError in the user's terms."""
     try:
         with quiet_tracing():
             yield
-    except CaptureError:
+    except FxmemError:
         raise
     except Exception as error:
-        raise CaptureError(_refusal(module, error)) from error
+        raise CaptureError(_refusal(name, error)) from error

@@ -196,7 +196,11 @@ class _Step:
         if release is not None:
             release()  # so that the arena is allocated, and counted, in this step
         gc.collect()  # else garbage of earlier runs would be released, and counted as released, in this one
-        peak = _cuda_peak(self._forward_backward) if self.device.type == "cuda" else _cpu_peak(self._forward_backward)
+        if self.device.type == "cuda":
+            with torch.cuda.device(self.device):
+                peak = _cuda_peak(self._forward_backward)
+        else:
+            peak = _cpu_peak(self._forward_backward)
         gradient_bytes = distinct_bytes(t.grad for t in self.trained if t.grad is not None)
         self._drop_gradients()
         return self.before_bytes + peak, gradient_bytes
@@ -214,7 +218,7 @@ def _cpu_peak(run: Callable[[], Any]) -> int:
 
 
 def _cuda_peak(run: Callable[[], Any]) -> int:
-    """The most bytes that `run` holds above what is allocated before it."""
+    """The most bytes that `run` holds on the current device above what is allocated there before it."""
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()

@@ -14,7 +14,7 @@ from torch import fx, nn
 
 from .baseline import EagerTimeline, eager_timeline
 from .budget import Budget
-from .capture import Capture, capture, device_of
+from .capture import Capture, capture, device_of, refusing
 from .cost import CostModel, cost_model, workspace_of
 from .decisions import Origin, Plan
 from .errors import CaptureError
@@ -116,7 +116,7 @@ class Prepared:
         model = _cost_model(cost, self.device)
         detail(f"Costs, {model.name}")
         Costs(model)(self.captured.joint)
-        baseline = baseline or _baseline(self.captured, model)
+        baseline = baseline or _baseline(self.captured, model, self.model)
         rewritten = self.rewritten and self.rewritten.under(model, baseline)
         lowered = _lowered(self.captured, self.origin)
         return replace(self, lowered=lowered, baseline=baseline, cost_model=model, rewritten=rewritten)
@@ -176,7 +176,7 @@ def prepare(
             detail(f"Costs, {model.name}" if isinstance(graph_pass, Costs) else type(graph_pass).__name__)
             graph_pass(captured.joint)
         lowered = _lowered(captured, origin)
-        baseline, seconds = baseline or _baseline(captured, model), time.perf_counter() - started
+        baseline, seconds = baseline or _baseline(captured, model, type(module).__name__), time.perf_counter() - started
         return Prepared(type(module).__name__, captured, device, lowered, baseline, model, seconds, origin)
 
     plain = finish(captured)
@@ -236,9 +236,10 @@ def _cost_model(cost: str | CostModel, device: torch.device | None) -> CostModel
     return cost_model(cost, device or torch.device("cpu"), anywhere=device is None)
 
 
-def _baseline(captured: Capture, model: CostModel) -> EagerTimeline:
+def _baseline(captured: Capture, model: CostModel, name: str) -> EagerTimeline:
     """The plain module's memory, with workspaces as the cost model has them for the planned one."""
-    return eager_timeline(captured.torch_level, *captured.call, workspace=workspace_of(model), roots_of=_attached)
+    with refusing(name):
+        return eager_timeline(captured.torch_level, *captured.call, workspace=workspace_of(model), roots_of=_attached)
 
 
 def _attached(outputs: Any) -> list[torch.Tensor]:

@@ -16,6 +16,7 @@ TorchDispatchMode, and real tensors inside such modes (real_tensors)   torch.uti
 storage_key, suggested_format, dense_strides, is_dense, in_usual_format and their kin   layouts    torch._prims_common
 convolution_backend, convolution_backends   which kernels run a convolution                torch._C
 spec_children, spec_to_data, spec_from_data, rename_node              torch.utils._pytree, torch.fx.Node
+without_saved_tensors_hooks   hooks on what autograd saves            torch._C._autograd
 owners              how many hold a tensor                            torch._C
 flatten_outputs     outputs without the structure they are given      torch.fx.graph
 captured_checkpoints   captured checkpoints, run eagerly              torch.utils.checkpoint, as captured graphs call it
@@ -296,6 +297,20 @@ def _own_kernels() -> Iterator[None]:
 
 def _dropout(value: torch.Tensor, p: float, train: bool) -> torch.Tensor:
     return aten.native_dropout(value, p, train)[0] if train and p and value.numel() else value
+
+
+@contextlib.contextmanager
+def without_saved_tensors_hooks() -> Iterator[None]:
+    """Inside, hooks of the user's on what autograd saves (`torch.utils.checkpoint` has such) see nothing of fake tensors."""
+    hooks = []
+    while (top := torch._C._autograd._top_saved_tensors_default_hooks(True)) is not None:
+        hooks.append(top)
+        torch._C._autograd._pop_saved_tensors_default_hooks()
+    try:
+        yield
+    finally:
+        for pack, unpack in reversed(hooks):
+            torch._C._autograd._push_saved_tensors_default_hooks(pack, unpack)
 
 
 @contextlib.contextmanager

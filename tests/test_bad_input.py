@@ -227,6 +227,19 @@ def test_the_least_budget_is_what_min_reaches():
     assert fxmem.plan(module, args, budget=least).predicted_peak_bytes == least
 
 
+class BackToSignals(nn.Module):
+    """`istft` looks at values: whether windows add up to nothing anywhere."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(17, 1))
+        self.register_buffer("window", torch.hann_window(32))
+
+    def forward(self, x):
+        spectrum = torch.stft(x, 32, 8, window=self.window, return_complex=True)
+        return torch.istft(spectrum * self.scale, 32, 8, window=self.window)
+
+
 MODULES = [
     (GraphBreak, X, ("GraphBreak", __file__, "in forward", "print")),
     (DataDependent, X, ("DataDependent", __file__, "in forward")),
@@ -238,6 +251,7 @@ MODULES = [
     (Detached, X, ("no output needs gradients", "requires_grad")),
     (ReturnsObject, X, ("Opaque", "register")),
     (Fused, X, ("LSTM",)),
+    (BackToSignals, (torch.randn(2, 256),), ("BackToSignals", "aten.equal")),
 ]
 
 

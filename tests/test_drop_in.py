@@ -13,6 +13,7 @@ from torch import fx, nn
 from torch._subclasses import FakeTensorMode
 from torch.fx.passes.shape_prop import ShapeProp
 from torch.fx.passes.split_module import split_module
+from torch.utils.checkpoint import checkpoint
 
 import fxmem
 
@@ -91,6 +92,31 @@ def test_settings_of_layers_count():
     with messages() as said:
         assert_same_steps(plain, planned, args, steps=1)
     assert len(said) == 1
+
+
+def test_hooks_on_what_is_saved_see_no_planning():
+    """A last, smaller batch under `torch.utils.checkpoint`, whose hooks are for real tensors."""
+    plain, planned, (x,) = pair()
+    seen = []
+
+    def pack(tensor):
+        seen.append(type(tensor))
+        return tensor.detach().clone()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        assert_same_steps(plain, planned, (x[:1],), steps=1)
+    assert seen and set(seen) <= {torch.Tensor, nn.Parameter}
+    planned = transform(copy.deepcopy(plain), (x,))
+    assert_same_steps(Around(plain), Around(planned), (x[:1],), steps=1)
+
+
+class Around(nn.Module):
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x):
+        return checkpoint(self.module, x, use_reentrant=False)
 
 
 def test_settings_that_are_tuples_count():

@@ -91,8 +91,12 @@ def _run_alone(call: OpCall, device: torch.device) -> OpCost:
         return call.target(*args, **kwargs)
 
     on_cuda = device.type == "cuda"
-    workspace = _cuda_workspace(run) if on_cuda else _cpu_workspace(run, call.new_output_bytes)
-    return OpCost(_median_s(lambda: _cuda_seconds(run) if on_cuda else _cpu_seconds(run)), workspace)
+    if not on_cuda:
+        workspace = _cpu_workspace(run, call.new_output_bytes)
+        return OpCost(_median_s(lambda: _cpu_seconds(run)), workspace)
+    with torch.cuda.device(device):
+        workspace = _cuda_workspace(run)
+        return OpCost(_median_s(lambda: _cuda_seconds(run)), workspace)
 
 
 def _median_s(seconds: Callable[[], float]) -> float:
