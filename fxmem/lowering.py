@@ -38,7 +38,7 @@ def lower(graph_module: fx.GraphModule, order: Sequence[int] | None = None) -> L
     made = [n for n in graph_module.graph.nodes if n.op == "call_function" and not is_view(n, infos)]
     nodes = sorted((n for n in made if "fxmem_offers" not in n.meta), key=is_backward)
     # Stable: what the backward computes without tangents may stand anywhere.
-    written = {n.meta["fxmem_writes"] for n in nodes if "fxmem_writes" in n.meta}
+    written = {s for n in nodes if "fxmem_writes" in n.meta for s in n.meta["fxmem_writes"].meta["fxmem_storages"]}
     returned = set(_returned(graph_module, ("output", "output_only", "gradient")))
     operators = [_operator(node, infos, written, returned) for node in nodes]
     forward_end = sum(not is_backward(n) for n in nodes)
@@ -64,7 +64,7 @@ def _offers(
     place: dict[fx.Node, int],
     operators: list[Operator],
     infos: tuple[StorageInfo, ...],
-    written: set[fx.Node],
+    written: set[int],
     returned: set[int],
 ) -> list[tuple[fx.Node, Operator]]:
     """What `OfferImplementations` has added, encoders first."""
@@ -133,7 +133,7 @@ def _returned(graph_module: fx.GraphModule, kinds: tuple[str, ...]) -> list[int]
     return [s for n in nodes for s in n.meta["fxmem_storages"]]
 
 
-def _operator(node: fx.Node, infos: tuple[StorageInfo, ...], written: set[fx.Node], returned: set[int]) -> Operator:
+def _operator(node: fx.Node, infos: tuple[StorageInfo, ...], written: set[int], returned: set[int]) -> Operator:
     stands_in = "fxmem_stands_for" in node.meta
     outputs = tuple(s for s in node.meta["fxmem_storages"] if stands_in or infos[s].node is node)
     inputs = tuple(dict.fromkeys(s for n in node.all_input_nodes for s in n.meta["fxmem_storages"]))
@@ -152,7 +152,7 @@ def _operator(node: fx.Node, infos: tuple[StorageInfo, ...], written: set[fx.Nod
     )
 
 
-def _recomputable(node: fx.Node, written: set[fx.Node]) -> bool:
+def _recomputable(node: fx.Node, written: set[int]) -> bool:
     """False for what must run once: writes, asserts, own generators, and readers of buffers that have moved on since."""
     if not node.meta["fxmem_storages"] or "fxmem_writes" in node.meta:
         return False
@@ -162,7 +162,7 @@ def _recomputable(node: fx.Node, written: set[fx.Node]) -> bool:
         # Run again it neither reads nor makes running statistics, so nobody may want these later.
         moved = (u for u in node.users if u.args[1] in (3, 4))
         return all("fxmem_writes" in u.meta or u.op == "output" for item in moved for u in item.users)
-    return not any(n in written for n in node.all_input_nodes)
+    return written.isdisjoint(s for n in node.all_input_nodes for s in n.meta["fxmem_storages"])  # through views, too
 
 
 def _inplace_pairs(

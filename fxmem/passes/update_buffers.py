@@ -7,11 +7,17 @@ import operator
 import torch
 from torch import fx
 
+from ..codegen.operators import SCATTERS
 from ..errors import CaptureError
 from ..lowering import BATCH_NORM
-from .base import Pass
+from .base import Pass, made_like
 
 aten = torch.ops.aten
+VIEWS = {  # what each scatter writes to
+    SCATTERS[aten.slice_scatter.default]: aten.slice.Tensor,
+    SCATTERS[aten.select_scatter.default]: aten.select.int,
+    SCATTERS[aten.diagonal_scatter.default]: aten.diagonal.default,
+}
 
 
 class UpdateBuffers(Pass):
@@ -41,6 +47,9 @@ class UpdateBuffers(Pass):
         modified = modified or len(kept) < len(output.args[0])
         output.args = (tuple(v for v, _ in kept),)
         output.meta["fxmem_roles"] = tuple(r for _, r in kept)
+        for node in reversed(graph.nodes):
+            if node.target in VIEWS and not node.users:
+                graph.erase_node(node)
         return modified
 
 
@@ -73,7 +82,28 @@ def _write(graph: fx.Graph, buffer: fx.Node, value: fx.Node, position: dict[fx.N
         after = after.next
     while after.target is torch.ops.aten.copy_.default or (value.args and after.args[:1] == value.args[:1]):
         after = after.next  # stay behind the other results of the same operator
+    parts = _parts(buffer, value)
     with graph.inserting_before(after):
-        write = graph.call_function(aten.copy_.default, (buffer, value))
-    write.meta.update(val=buffer.meta["val"], fxmem_writes=buffer)
+        for part in parts:
+            view = made_like(part, VIEWS[part.target], (buffer, *part.args[2:]))
+            _copy(graph, view, part.args[1], buffer)
+        if not parts:
+            _copy(graph, buffer, value, buffer)
+
+
+def _copy(graph: fx.Graph, target: fx.Node, value: fx.Node, buffer: fx.Node) -> None:
+    write = graph.call_function(aten.copy_.default, (target, value))
+    write.meta.update(val=target.meta["val"], fxmem_writes=buffer)
     write.meta.update({k: value.meta[k] for k in ("nn_module_stack", "stack_trace", "seq_nr") if k in value.meta})
+
+
+def _parts(buffer: fx.Node, value: fx.Node) -> list[fx.Node]:
+    """The scatters, one into the other, by which parts of a buffer become its new value, where nothing else reads what they
+    make: these parts alone are written then, as the plain module does."""
+    found, user = [], None
+    while value is not buffer:
+        if value.target not in VIEWS or not set(value.users) <= {user, value.graph.output_node()}:
+            return []
+        found.append(value)
+        value, user = value.args[0], value
+    return found[::-1]
