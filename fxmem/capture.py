@@ -43,6 +43,8 @@ from .torch_internals import (
 
 log = logging.getLogger(__name__)
 
+NO_INPUTS = (torch.dtype, torch.device, torch.layout, torch.memory_format, complex)
+
 # The same bytes with the same strides, under a tensor that neither tracing nor autograd takes for a view. Traced, never run.
 _library = torch.library.Library("fxmem", "FRAGMENT")
 _library.define("own(Tensor value) -> Tensor")
@@ -163,8 +165,13 @@ def _check_state(module: nn.Module) -> None:
 
 
 def check_inputs(args: tuple, kwargs: Mapping[str, Any]) -> None:
-    """Refuse what is no dense tensor."""
+    """Refuse tensors that are not dense, and what a graph cannot take for an input."""
     for path, leaf in pytree.tree_leaves_with_path((args, dict(kwargs))):
+        if isinstance(leaf, NO_INPUTS):
+            raise CaptureError(
+                f"input {pytree.keystr(path)} is {leaf!r}, a {type(leaf).__name__}, which a graph cannot take: set it as an "
+                "attribute that the module's forward reads, or call the module through one that fills it in"
+            )
         if isinstance(leaf, torch.Tensor) and (leaf.layout is not torch.strided or leaf.is_nested):
             kind = "nested" if leaf.is_nested else str(leaf.layout)
             raise CaptureError(f"input {pytree.keystr(path)} is a {kind} tensor; fxmem plans dense ones: make it one first")

@@ -38,7 +38,7 @@ def lower(graph_module: fx.GraphModule, order: Sequence[int] | None = None) -> L
     made = [n for n in graph_module.graph.nodes if n.op == "call_function" and not is_view(n, infos)]
     nodes = sorted((n for n in made if "fxmem_offers" not in n.meta), key=is_backward)
     # Stable: what the backward computes without tangents may stand anywhere.
-    written = {s for n in nodes if "fxmem_writes" in n.meta for s in n.meta["fxmem_writes"].meta["fxmem_storages"]}
+    written = {s for n in nodes if "fxmem_writes" in n.meta for s in n.args[0].meta["fxmem_storages"]}
     returned = set(_returned(graph_module, ("output", "output_only", "gradient")))
     operators = [_operator(node, infos, written, returned) for node in nodes]
     forward_end = sum(not is_backward(n) for n in nodes)

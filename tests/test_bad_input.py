@@ -346,6 +346,13 @@ def test_inputs_that_do_not_fit(args, kwargs, says):
 KINDS = [torch.eye(4, 8).to_sparse(), torch.nested.nested_tensor([torch.ones(2, 8), torch.ones(3, 8)])]
 
 
+@pytest.mark.parametrize("given", [torch.float64, torch.device("cpu"), torch.channels_last, 1j])
+def test_inputs_that_no_graph_takes(given):
+    for call in (fxmem.transform, fxmem.plan):
+        with pytest.raises(fxmem.CaptureError, match=rf"input \[1\]\['how'\] is .*{type(given).__name__}.*attribute"):
+            call(Linear(), X, {"how": given}, budget=None)
+
+
 @pytest.mark.parametrize("given", KINDS, ids=["sparse", "nested"])
 def test_inputs_that_are_not_dense(given):
     with refused(module := TwoHeads(), fxmem.CaptureError, "dense"):

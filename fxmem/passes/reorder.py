@@ -82,7 +82,7 @@ def _around_writes(nodes: dict[int, fx.Node]) -> Iterator[tuple[int, int]]:
     shown = {p: {s for n in node.all_input_nodes for s in n.meta["fxmem_storages"]} for p, node in nodes.items()}
     for write, node in nodes.items():
         if "fxmem_writes" in node.meta:
-            written = node.meta["fxmem_writes"].meta["fxmem_storages"]
+            written = node.args[0].meta["fxmem_storages"]
             readers = (p for p, storages in shown.items() if p != write and not storages.isdisjoint(written))
             yield from ((min(p, write), max(p, write)) for p in readers)
 

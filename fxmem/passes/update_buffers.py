@@ -21,7 +21,7 @@ VIEWS = {  # what each scatter writes to
 
 
 class UpdateBuffers(Pass):
-    """Writes each updated buffer by a `copy_` right after its new value is made, and takes the value off the outputs.
+    """Writes each updated buffer, or what of it is new, by a `copy_` right after that is made, and takes it off the outputs.
 
     What reads the old value later on (in the backward, say) gets a clone of it that is made before the write. Running
     statistics that move several times are written each time, so that a batch norm finds them in its buffers, always.
@@ -86,14 +86,14 @@ def _write(graph: fx.Graph, buffer: fx.Node, value: fx.Node, position: dict[fx.N
     with graph.inserting_before(after):
         for part in parts:
             view = made_like(part, VIEWS[part.target], (buffer, *part.args[2:]))
-            _copy(graph, view, part.args[1], buffer)
+            _copy(graph, view, part.args[1])
         if not parts:
-            _copy(graph, buffer, value, buffer)
+            _copy(graph, buffer, value)
 
 
-def _copy(graph: fx.Graph, target: fx.Node, value: fx.Node, buffer: fx.Node) -> None:
+def _copy(graph: fx.Graph, target: fx.Node, value: fx.Node) -> None:
     write = graph.call_function(aten.copy_.default, (target, value))
-    write.meta.update(val=target.meta["val"], fxmem_writes=buffer)
+    write.meta.update(val=target.meta["val"], fxmem_writes=True)
     write.meta.update({k: value.meta[k] for k in ("nn_module_stack", "stack_trace", "seq_nr") if k in value.meta})
 
 
