@@ -6,7 +6,8 @@ it to its last use before it is made again (or to the end, for outputs), and is 
 
 from __future__ import annotations
 
-from collections.abc import Container
+import itertools
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 
 from .errors import ProblemError
@@ -168,3 +169,21 @@ def _by_kind(problem: Problem, alive: frozenset[int], pair: tuple[int, int] | No
     for storage in alive - ({pair[0]} if pair else set()):
         kinds[problem.storages[storage].kind] += problem.storages[storage].size_bytes
     return kinds | {"workspace": peak_bytes - sum(kinds.values())}
+
+
+def alive_during(problem: Problem, schedule: Schedule, timeline: Timeline) -> Iterator[frozenset[int]]:
+    """For each step the storages that hold bytes while it runs; of a pair in place, the output alone."""
+    alive = {s for s, makers in enumerate(problem.producers) if not makers}
+    for index, frees, pair in zip(schedule.steps, timeline.frees, timeline.inplace, strict=True):
+        alive.update(problem.operators[index].outputs)
+        if pair:
+            alive.discard(pair[0])
+        yield frozenset(alive)
+        alive.difference_update(frees)
+
+
+def alive_at_peak(problem: Problem, schedule: Schedule, timeline: Timeline) -> frozenset[int]:
+    """The storages that hold bytes at the peak: at the start, what no operator makes."""
+    if timeline.peak_step < 0:
+        return frozenset(s for s, makers in enumerate(problem.producers) if not makers)
+    return next(itertools.islice(alive_during(problem, schedule, timeline), timeline.peak_step, None))

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import fx
 
 from ..codegen.operators import dropout_apply
-from ..cost import CostModel, OpCost
-from ..errors import CostError
+from ..cost import CostModel, OpCost, checked_cost
 from ..graph_meta import is_backward, is_view, require
 from .base import Pass
 
@@ -32,20 +29,11 @@ class Costs(Pass):
         for node in graph_module.graph.nodes:
             if node.op != "call_function":
                 continue
-            time_s, workspace_bytes = 0.0, 0
-            if not is_view(node, infos):
-                cost = self.model.cost(node)
-                time_s, workspace_bytes = cost.time_s, cost.workspace_bytes
-            if not math.isfinite(time_s) or time_s < 0 or workspace_bytes < 0:
-                raise CostError(
-                    f"the cost model {self.model.name!r} gives node {node.name!r} {time_s!r} s and "
-                    f"{workspace_bytes!r} bytes of "
-                    "workspace; both must be finite and zero or more"
-                )
+            cost = OpCost(0.0, 0) if is_view(node, infos) else checked_cost(self.model, node)
             if _has_kept_mask(node):
                 node.meta["fxmem_variant_cost"] = self._dropout_from_mask(node)
-            node.meta["fxmem_time_s"] = time_s
-            node.meta["fxmem_workspace_bytes"] = workspace_bytes
+            node.meta["fxmem_time_s"] = cost.time_s
+            node.meta["fxmem_workspace_bytes"] = cost.workspace_bytes
         return False
 
     def _dropout_from_mask(self, node: fx.Node) -> OpCost:
@@ -55,7 +43,7 @@ class Costs(Pass):
         value.meta["val"], (result, mask.meta["val"]) = node.args[0].meta["val"], node.meta["val"]
         again = graph.call_function(dropout_apply, (value, mask, 1 / (1 - node.args[1])))
         again.meta["val"] = result
-        return self.model.cost(again)
+        return checked_cost(self.model, again)
 
 
 def _has_kept_mask(node: fx.Node) -> bool:

@@ -6,8 +6,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ..schedule import alive_at_peak
 from ..units import format_bytes, format_percent, format_seconds
-from .replay import PEAK_KINDS, TITLES, alive_during, chosen_implementations, is_recompute, maker_of, shares_by_module
+from .replay import PEAK_KINDS, TITLES, chosen_implementations, is_recompute, maker_of, shares_by_module
 
 if TYPE_CHECKING:
     from ..decisions import Frontier, Plan
@@ -117,7 +118,7 @@ def _chosen(plan: Plan):
 def _largest(plan: Plan) -> Table:
     """The largest of what the step has computed by its peak, and where in the user's code it comes from."""
     problem, timeline = plan.problem, plan.solution.timeline
-    at_peak = list(alive_during(problem, plan.solution.schedule, timeline))[timeline.peak_step]
+    at_peak = alive_at_peak(problem, plan.solution.schedule, timeline)
     computed = [s for s in at_peak if problem.producers[s]]
     rows = []
     for index in sorted(computed, key=lambda s: (-problem.storages[s].size_bytes, s))[:LARGEST]:

@@ -3,25 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..problem import KINDS, Problem
-from ..schedule import Schedule, Timeline, extra_times_s, forward_length
+from ..schedule import Schedule, Timeline, alive_during, extra_times_s, forward_length
 
 PEAK_KINDS = (*KINDS, "workspace")
 TITLES = dict(zip(PEAK_KINDS, ("parameters", "buffers", "inputs", "activations", "gradients", "workspace"), strict=True))
-
-
-def alive_during(problem: Problem, schedule: Schedule, timeline: Timeline) -> Iterator[frozenset[int]]:
-    """For each step the storages that hold bytes while it runs; of a pair in place, the output alone."""
-    alive = {s for s, makers in enumerate(problem.producers) if not makers}
-    for index, frees, pair in zip(schedule.steps, timeline.frees, timeline.inplace, strict=True):
-        alive.update(problem.operators[index].outputs)
-        if pair:
-            alive.discard(pair[0])
-        yield frozenset(alive)
-        alive.difference_update(frees)
 
 
 def bytes_by_kind(problem: Problem, schedule: Schedule, timeline: Timeline) -> dict[str, list[int]]:

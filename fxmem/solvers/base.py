@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from ..errors import FxmemError, InfeasibleBudgetError
 from ..problem import Problem
-from ..schedule import Schedule, Timeline, plain_schedule, simulate
+from ..schedule import Schedule, Timeline, alive_at_peak, plain_schedule, simulate
 from ..units import format_bytes, format_percent
 from .stages import Compiled
 from .state import State
@@ -164,7 +164,7 @@ def infeasible(problem: Problem, budget_bytes: int, least: Schedule) -> Infeasib
     timeline = simulate(problem, least)
     step = timeline.peak_step
     where = problem.operators[least.steps[step]].name if step >= 0 else "the start of the step"
-    largest = sorted(_alive_during(problem, least, step), key=lambda s: -problem.storages[s].size_bytes)[:5]
+    largest = sorted(alive_at_peak(problem, least, timeline), key=lambda s: -problem.storages[s].size_bytes)[:5]
     holders = ", ".join(f"{problem.storages[s].name} ({problem.storages[s].size_bytes:,} bytes)" for s in largest)
     kinds = ", ".join(f"{kind} {size:,}" for kind, size in timeline.peak_by_kind.items() if size)
     asked, least_peak = (f"{n:,} bytes ({format_bytes(n)})" for n in (budget_bytes, timeline.peak_bytes))
@@ -174,18 +174,6 @@ def infeasible(problem: Problem, budget_bytes: int, least: Schedule) -> Infeasib
         f"Ask for at least {timeline.peak_bytes:,} bytes, or for budget='min'"
     )
     return InfeasibleBudgetError(message, budget_bytes, timeline.peak_bytes)
-
-
-def _alive_during(problem: Problem, schedule: Schedule, step: int) -> set[int]:
-    timeline = simulate(problem, schedule)
-    alive = {s for s, makers in enumerate(problem.producers) if not makers}
-    for index, frees, pair in list(zip(schedule.steps, timeline.frees, timeline.inplace, strict=True))[: step + 1]:
-        alive |= set(problem.operators[index].outputs)
-        last = frees, pair
-        alive -= set(frees) | ({pair[0]} if pair else set())
-    if step >= 0:
-        alive |= set(last[0])
-    return alive
 
 
 def plain_fits(task: Task) -> Schedule | None:

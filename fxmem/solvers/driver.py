@@ -59,8 +59,7 @@ def solve_task(task: Task, solver: str = "auto") -> Solution:
     """`solve` for a task."""
     begin, problem, budget_bytes = time.monotonic(), task.problem, task.budget_bytes
     function = find_solver(solver)
-    plain = plain_fits(task)
-    if plain is not None:
+    if (plain := plain_fits(task)) is not None:
         return _solution(task, Answer(plain, proven=True, log=("the plain schedule fits",)), solver, begin)
     named = _named.get(problem) if solver == "auto" else None
     if named:
@@ -68,7 +67,7 @@ def solve_task(task: Task, solver: str = "auto") -> Solution:
     if budget_bytes < least_possible_bytes(compile_problem(problem)):
         raise _refusal(task, smallest_schedule(task))
     answer = function(task)
-    found = judge(task, [answer.schedule, plain, *task.starts])
+    found = judge(task, [answer.schedule, *task.starts])
     if found is None and answer.interrupted:
         raise KeyboardInterrupt  # there is nothing to give
     if found is None and solver != "auto":
