@@ -429,7 +429,9 @@ def _output_values(graph_module: fx.GraphModule, args: tuple, kwargs: dict) -> l
 
 
 def _aot(graph_module: fx.GraphModule, args: tuple, kwargs: dict) -> tuple[fx.GraphModule, Any]:
-    with refusing(type(graph_module).__name__), LaidOutInPlace():
+    # The mode takes time at every call.
+    laid_out = LaidOutInPlace() if any(map(LaidOutInPlace.is_for, graph_module.graph.nodes)) else contextlib.nullcontext()
+    with refusing(type(graph_module).__name__), laid_out:
         joint, out_spec = joint_graph(graph_module, args, kwargs)
     joint.graph.set_codegen(fx.graph.CodeGen())
     for node in joint.graph.find_nodes(op="call_function", target=torch.ops.aten.detach.default):

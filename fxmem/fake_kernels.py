@@ -15,6 +15,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
+from torch import fx
 from torch.overrides import TorchFunctionMode
 
 from .kernel_strides import KEPT, LAID_ANEW, VIEWS, Rule, Strides, rules_of, view_strides
@@ -28,6 +29,7 @@ LOSSES = {
 }  # fmt: skip
 
 
+IN_PLACE = {f"{packet.__name__}_" for packet in LAID_ANEW}
 _in_place: ContextVar[bool] = ContextVar("in_place", default=False)
 
 
@@ -35,9 +37,13 @@ class LaidOutInPlace(TorchFunctionMode):
     """While it is on, what a method computes in place lies as its tensor does. Traced, it is a new tensor, which the kernel
     would lay out by rules of its own."""
 
+    @staticmethod
+    def is_for(node: fx.Node) -> bool:
+        """Whether a node of a torch-level graph is such a method."""
+        return getattr(node.target, "__name__", node.target) in IN_PLACE
+
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        name = getattr(func, "__name__", "")
-        before = _in_place.set(name.endswith("_") and not name.endswith("__"))
+        before = _in_place.set(getattr(func, "__name__", "") in IN_PLACE)
         try:
             return func(*args, **(kwargs or {}))
         finally:
