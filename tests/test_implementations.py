@@ -186,7 +186,7 @@ def test_a_bit_saves_what_nobody_else_keeps():
     module, x = nn.Sequential(*blocks), torch.randn(8, 3, 32, 32)
     left = ("-relu_pooled",)
     planned = assert_drop_in(module, (x,), budget="min", implementations=left)
-    options = {"time_limit_s": 5.0, "cost": "P100"}
+    options = {"time_limit_s": 3.0, "cost": "P100"}
     without = transform(module, (x,), budget="min", implementations=(), **options).plan
     plan = transform(module, (x,), budget=without.predicted_peak_bytes, implementations=left, **options).plan
     assert planned.plan.predicted_peak_bytes <= without.predicted_peak_bytes
@@ -204,7 +204,7 @@ def test_nothing_runs_twice_without_recompute(solver, tmp_path):
         for c in (3, 16, 16)
     )
     module, x = nn.Sequential(*blocks), torch.randn(8, 3, 32, 32)
-    options = {"recompute": False, "time_limit_s": 4.0}
+    options = {"recompute": False, "time_limit_s": 2.0}
     least = fxmem.plan(module, (x,), budget="min", **options)
     budget_bytes = int(1.01 * least.predicted_peak_bytes)
     planned = assert_drop_in(module, (x,), budget=budget_bytes, solver=solver, **options)

@@ -262,15 +262,11 @@ class Between(nn.Module):
 LAYERS_OF_CHANNELS = torch.tensor([0, 2])
 IN_PLACE = {
     "masked_fill_": lambda h: h.masked_fill_(h > 0.5, 0.0),
-    "masked_fill_ by a tensor": lambda h: h.masked_fill_(h > 0.5, torch.tensor(0.1)),
     "masked_fill_ of a part": lambda h: (h[:, ::2].masked_fill_(h[:, ::2] > 0.5, 0.0), h)[1],
-    "masked_fill": lambda h: h.masked_fill(h > 0.5, 0.0),
-    "tril_": lambda h: h.tril_(),
     "cumsum_": lambda h: h.cumsum_(1),
     "index_add_": lambda h: h.index_add_(1, LAYERS_OF_CHANNELS, torch.ones(len(h), 2, *h.shape[2:])),
     "scatter_": lambda h: h.scatter_(1, torch.zeros(h.shape, dtype=torch.int64), 2.0),
     "masked_scatter_": lambda h: h.masked_scatter_(h > 0.5, torch.ones(h.shape)),
-    "renorm_": lambda h: h.renorm_(2, 1, 1.0),
 }
 DRAWING = {
     "dropout in place": nn.Dropout(0.3, inplace=True),

@@ -120,7 +120,7 @@ def _group_norm_backward(call: OpCall) -> int:
 
 def _loss(call: OpCall) -> int:
     """The losses of all elements before they are summed up."""
-    return _elementwise_losses(call) + _summed_in_floats(call) if _reduction_of(call) else 0
+    return max(map(bytes_of, call.inputs)) + _summed_in_floats(call) if _reduction_of(call) else 0
 
 
 def _loss_in_its_result(call: OpCall) -> int:
@@ -149,13 +149,9 @@ def _summed_in_floats(call: OpCall) -> int:
     return 4 * x.numel() if on_cpu(call) and x.dtype in LOW_PRECISION and _reduction_of(call) == 1 else 0
 
 
-def _elementwise_losses(call: OpCall) -> int:
-    return max(map(bytes_of, call.inputs))
-
-
 def _twice(call: OpCall) -> int:
-    """Two more tensors like the second operand on the way."""
-    return 2 * bytes_of(call.inputs[1 if call.inputs[0].dim() == 0 else 0])
+    """Two more tensors like the forward's input on the way."""
+    return 2 * bytes_of(call.inputs[1])
 
 
 def _once_more(call: OpCall) -> int:
