@@ -40,14 +40,17 @@ def plain_copies(call: OpCall) -> int:
 def in_the_gradients_format(call: OpCall) -> int:
     """For backward kernels that run in the format that the output's gradient suggests: a copy of gradient or indices where they
     lie otherwise, and of the result, where the forward's input suggests another format."""
-    gradient, x, *others = call.inputs
+    gradient, x = call.inputs[:2]
     wanted = suggested_format(gradient)
-    copied = sum(bytes_of(t) for t in (gradient, *others) if not t.is_contiguous(memory_format=wanted))
-    return copied + (call.new_output_bytes if suggested_format(x) is not wanted else 0)
+    return _copied(call, wanted) + (call.new_output_bytes if suggested_format(x) is not wanted else 0)
 
 
 def in_the_inputs_format(call: OpCall) -> int:
     """For backward kernels that run in the format that the forward's input suggests."""
-    gradient, x, *others = call.inputs
-    wanted = suggested_format(x)
+    return _copied(call, suggested_format(call.inputs[1]))
+
+
+def _copied(call: OpCall, wanted: torch.memory_format) -> int:
+    """Copies in a format of what a backward kernel reads besides the forward's input, which tells it shapes alone."""
+    gradient, _, *others = call.inputs
     return sum(bytes_of(t) for t in (gradient, *others) if not t.is_contiguous(memory_format=wanted))

@@ -123,11 +123,6 @@ def _loss(call: OpCall) -> int:
     return max(map(bytes_of, call.inputs)) + _summed_in_floats(call) if _reduction_of(call) else 0
 
 
-def _loss_in_its_result(call: OpCall) -> int:
-    """The losses of all elements lie in the result's own memory."""
-    return _summed_in_floats(call)
-
-
 def _loss_with_logits(call: OpCall) -> int:
     """Composed of other operators: a term, the losses, and what is not contiguous."""
     x = call.inputs[0]
@@ -144,7 +139,8 @@ def _reduction_of(call: OpCall) -> int:
 
 
 def _summed_in_floats(call: OpCall) -> int:
-    """A mean in low precision converts all that it sums up."""
+    """A mean in low precision converts all that it sums up; no more where the losses of all elements lie in the result's own
+    memory."""
     x = call.inputs[0]
     return 4 * x.numel() if on_cpu(call) and x.dtype in LOW_PRECISION and _reduction_of(call) == 1 else 0
 
@@ -330,8 +326,8 @@ WORKSPACE: dict[object, Callable[[OpCall], int]] = {
     aten.mse_loss: _loss,
     aten.smooth_l1_loss: _loss,
     aten.huber_loss: _loss,
-    aten.soft_margin_loss: _loss_in_its_result,
-    aten.binary_cross_entropy: _loss_in_its_result,
+    aten.soft_margin_loss: _summed_in_floats,
+    aten.binary_cross_entropy: _summed_in_floats,
     aten.binary_cross_entropy_with_logits: _loss_with_logits,
     aten.soft_margin_loss_backward: _twice,
     aten.im2col: _once_more,
