@@ -24,8 +24,8 @@ from .base import Call, Result, Rewrite, register_implementation
 from .operators import chunks, define
 
 aten = torch.ops.aten
-PIECES = 8  # at least
-LARGEST = 1 << 23  # elements of a piece of the logits; in low precision, where each sum is rounded, PIECES are enough
+PIECES = 4  # at least; each reads the weight twice and its gradient once, which on a CPU is felt beyond a few
+LARGEST = 1 << 24  # elements of a piece of the logits; in low precision, where each sum is rounded, PIECES are enough
 MEAN = 1  # aten's number for it; 2 is the sum
 WIDENED = (torch.bfloat16,)
 VIEWS = (aten.view.default, aten._unsafe_view.default, aten.alias.default, aten.detach.default, aten.reshape.default)
@@ -185,11 +185,14 @@ def _linear_cross_entropy(x, weight, bias, logits, targets, ignored, mean, wante
     loss = x.new_zeros((), dtype=wide)
     rows = min(count, _rows(count, width, x.dtype))
     normalized = x.new_empty((rows, width), dtype=wide)
-    made = x.new_empty((rows, width), dtype=x.dtype)
+    made = normalized if wide is x.dtype else x.new_empty((rows, width))
     for begin, end in chunks(count, rows or 1):
         piece, aim, x_rows = made[: end - begin], targets[begin:end], x[begin:end]
+        gradient = piece if made is normalized else normalized[: end - begin]
         source = _logits(x_rows, weight, bias, piece) if logits is None else logits[begin:end]
-        gradient = aten._log_softmax.out(source.to(wide), 1, False, out=normalized[: end - begin])
+        if source is not gradient:
+            gradient.copy_(source)
+        aten._log_softmax.out(gradient, 1, False, out=gradient)  # each row is read to its end before it is written
         loss += aten.nll_loss_forward(gradient, aim, None, 2, ignored)[0]
         factor = scale[begin:end].unsqueeze(1)
         gradient.exp_().mul_(factor).scatter_add_(1, aim.where(aim != ignored, 0).unsqueeze(1), -factor)
@@ -252,12 +255,13 @@ def _piece(call: OpCall) -> list[OpCall]:
 
 
 def _workspace(call: OpCall) -> int:
-    """Two buffers of a piece, what an operator on a piece takes, a few numbers for each row, and the bias's sums."""
+    """A piece as it is summed and, where that is in another type, as it is multiplied; what an operator on it takes; a few
+    numbers for each row, and the bias's sums."""
     x, weight = call.args[:2]
     wide_bytes, count = _wide(x.dtype).itemsize, len(x)
     rows = min(count, _rows(count, weight.shape[1], x.dtype))
-    converted = 0 if wide_bytes == x.element_size() else wide_bytes
-    buffers = rows * weight.shape[1] * (wide_bytes + x.element_size() + converted)
+    narrow_bytes = 0 if wide_bytes == x.element_size() else x.element_size()
+    buffers = rows * weight.shape[1] * (wide_bytes + narrow_bytes)
     inside = max(workspace_bytes(part) for part in _piece(call))
     sums = 3 * weight.shape[1] * wide_bytes if call.args[7][2] else 0
     return buffers + inside + count * (2 * wide_bytes + 24) + sums + 1024
