@@ -2,8 +2,9 @@
 
 Forward and backward run on fake tensors, through the real autograd engine, so that what is saved, when it is freed and how
 gradients are accumulated are PyTorch's own doing; a dispatch mode watches the storages come and go. Bytes that an operator
-takes inside are added from a callback. One thing the engine does otherwise there: a second gradient of the same value is added
-into the first, where nobody else holds that, but to fake tensors by making a third.
+takes inside are added from a callback. One thing the engine does otherwise there: what is written into a gradient that nobody
+else holds (the second gradient of a value is added into the first; those of chosen elements, into zeros), to fake tensors is
+written by making another one.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from .measuring import backward_roots
 from .torch_internals import TorchDispatchMode, captured_checkpoints, owners, pytree, restore_rng, without_saved_tensors_hooks
 
 KINDS = ("parameter", "buffer", "input", "activation", "gradient", "workspace")
-ADD = torch.ops.aten.add.Tensor
+aten = torch.ops.aten
+INTO_ZEROS = {aten.scatter.src, aten.scatter_add.default, aten.index_put.default, aten.index_add.default, aten.put.default}
+INTO_FIRST = {aten.add.Tensor, *INTO_ZEROS}
 Workspace = Callable[[Any, tuple, dict, Any], int]
 
 
@@ -105,7 +108,7 @@ def _run(
 class _Ledger(TorchDispatchMode):
     """Books every storage when an operator makes it, and strikes it out when its last reference goes."""
 
-    def __init__(self, workspace: Workspace | None, alone: tuple[int, int]):
+    def __init__(self, workspace: Workspace | None, alone: dict[Any, tuple[int, int]]):
         super().__init__()
         self._workspace, self._alone = workspace, alone
         self._making = "activation"
@@ -124,14 +127,16 @@ class _Ledger(TorchDispatchMode):
                 self.add(tensor, self._making)
             inside = self._workspace(func, args, kwargs, out) if self._workspace else 0
             now = self._live | {"workspace": inside}
-            if self._making == "gradient" and func is ADD and self._is_added_into(args):
+            if self._making == "gradient" and func in INTO_FIRST and self._is_written_into(func, args):
                 now["gradient"] -= args[0].untyped_storage().nbytes()
             self._records.append((str(func), now))
         return out
 
-    def _is_added_into(self, args: tuple) -> bool:
-        """Whether autograd would add the second of two gradients into the first."""
-        return len(args) == 2 and args[0].shape == getattr(args[1], "shape", None) and owners(args[0]) == self._alone
+    def _is_written_into(self, func: Any, args: tuple) -> bool:
+        """Whether autograd would write what it adds or scatters into the first operand."""
+        if func not in INTO_ZEROS and (len(args) != 2 or args[0].shape != getattr(args[1], "shape", None)):
+            return False
+        return owners(args[0]) == self._alone[func]
 
     def add(self, tensor: torch.Tensor, kind: str) -> None:
         """Book the storage behind `tensor`, unless it is booked."""
@@ -178,23 +183,25 @@ class _Ledger(TorchDispatchMode):
 
 
 @functools.cache
-def _alone() -> tuple[int, int]:
-    """What `owners` says, in the dispatch mode's place, of a gradient that autograd alone holds."""
-    found = []
+def _alone() -> dict[Any, tuple[int, int]]:
+    """What `owners` says, in the dispatch mode's place, of a gradient that autograd alone holds, by what is done to it."""
+    found = {}
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
             out = func(*args, **(kwargs or {}))
-            if func is ADD:
-                found.append(owners(args[0]))
+            if func in INTO_FIRST:
+                found.setdefault(func, owners(args[0]))
             return out
 
     with torch.inference_mode(False), torch.enable_grad():
-        value = torch.ones(2, requires_grad=True) * 1
-        total = (value.sin() + value.cos()).sum()
+        value, first = torch.ones(2, requires_grad=True) * 1, torch.zeros(1, dtype=torch.long)
+        twice = value.sin() + value.cos()
+        chosen = value.max(0).values + value.gather(0, first) + value[first] + value.index_select(0, first) + value.take(first)
         with Watch():
-            total.backward()
-    return found[0]
+            twice.sum().backward(retain_graph=True)
+            chosen.sum().backward()
+    return found
 
 
 def _tensors(tree: Any) -> list[torch.Tensor]:

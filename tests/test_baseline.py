@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.steps import assert_drop_in
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -146,6 +147,60 @@ def test_losses_lie_in_storages_as_large_as_what_they_are_the_mean_of(name):
     measured, plan = measure(planned, args, repeats=1).peak_bytes, planned.plan
     assert measured <= plan.budget_bytes and measured == pytest.approx(plan.predicted_peak_bytes, rel=0.005)
     assert measure(module, args, repeats=1).peak_bytes == pytest.approx(plan.baseline_peak_bytes, rel=0.005)
+
+
+CHOOSING = {
+    "max": lambda x, index: x.max(1).values,
+    "topk": lambda x, index: x.topk(3, 1).values,
+    "cummax": lambda x, index: x.cummax(1).values,
+    "gather": lambda x, index: x.gather(1, index),
+    "index": lambda x, index: x[index[:, 0]],
+    "index_select": lambda x, index: x.index_select(0, index[:, 0]),
+    "take": lambda x, index: x.take(index),
+}
+
+
+class Choosing(nn.Module):
+    """Elements of x by an operator whose gradient is theirs, written into zeros."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.layer, self.name = nn.Linear(64, 64), name
+        self.register_buffer("index", torch.randint(0, 64, (512, 3)))
+
+    def forward(self, x):
+        return CHOOSING[self.name](self.layer(x), self.index)
+
+
+@pytest.mark.parametrize("name", CHOOSING)
+def test_gradients_of_chosen_elements_are_written_into_zeros(name):
+    """Here and in the plan, as autograd does it but for fake tensors."""
+    module, args = Choosing(name), (torch.randn(512, 64),)
+    planned = fxmem.transform(module, args, budget=1.0, cost="measured", time_limit_s=0.2)
+    plain = measure(module, args, repeats=1).peak_bytes
+    assert planned.plan.baseline_peak_bytes == pytest.approx(plain, rel=0.005)
+    assert measure(planned, args, repeats=1).peak_bytes <= plain * 1.005
+    assert_drop_in(module, args, budget=1.0)
+
+
+def test_zeros_that_somebody_else_holds_are_not_written_into():
+    class Kept(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, index):
+            ctx.save_for_backward(index)
+            return x.gather(1, index)
+
+        @staticmethod
+        def backward(ctx, gradient):
+            zeros = gradient.new_zeros(512, 64)
+            return zeros.scatter_add(1, ctx.saved_tensors[0], gradient) + zeros, None
+
+    class Model(nn.Module):
+        def forward(self, x, index):
+            return Kept.apply(x, index)
+
+    args = torch.randn(512, 64, requires_grad=True), torch.randint(0, 64, (512, 3))
+    assert eager_timeline(Model(), args).peak_bytes == measure(Model(), args, repeats=1).peak_bytes
 
 
 def test_checkpoint_around_a_batch_norm():

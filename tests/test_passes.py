@@ -306,6 +306,13 @@ def test_copies_are_their_originals(function, copies):
     assert_drop_in(Model(), (x,))
 
 
+def _index(target, values) -> torch.Tensor:
+    """Places without repetition: columns, elements, or elements of each row."""
+    if target is torch.ops.aten.index_add.default:
+        return torch.randperm(values.shape[1])
+    return torch.randperm(values.numel()).view(values.shape) if target is torch.ops.aten.put.default else values.argsort()
+
+
 def _arguments(target, values, dtype) -> list:
     """Arguments of an operator by its schema: random tensors, a mask or bits where it wants them."""
     given = []
@@ -325,6 +332,10 @@ def _arguments(target, values, dtype) -> list:
             given.append([-1])
         elif argument.name == "count":
             given.append(values.shape[1])
+        elif argument.name == "index":
+            given.append(_index(target, values))
+        elif argument.name == "indices" and "List" in kind:
+            given.append([torch.randperm(len(values))])
         elif argument.name == "indices":
             given.append(torch.randint(len(values), values.shape[:1]))
         elif argument.name == "whole":  # of three parts, the second of which lies where the next argument says
