@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from .torch_internals import OpOverload, channels_last_format, dense_strides, is_dense, suggested_format
+from .layouts import channels_last_format
+from .torch_internals import OpOverload, dense_strides, is_dense, suggested_format
 
 aten = torch.ops.aten
 Strides = tuple[int, ...]

@@ -16,7 +16,8 @@ from torch import fx
 
 from .codegen.operators import dropout_apply
 from .inplace import INPLACE_FORMS, InplaceForm
-from .torch_internals import OpOverload, in_usual_format, out_names, out_overload
+from .layouts import in_usual_format
+from .torch_internals import OpOverload, out_names, out_overload
 
 aten = torch.ops.aten
 # They return nothing, as PyTorch's compiler wants it of operators other than its own.

@@ -40,7 +40,7 @@ class Operator:
     """One operator of the step.
 
     inputs, outputs: indices into `Problem.storages`.
-    time_s: seconds of one run; recompute_time_s: seconds of a repeated run, where it differs.
+    time_s: seconds of one run, the first or another.
     workspace_bytes: what the operator takes and gives back while it runs.
     inplace: pairs (input, output): the output may take over the input's bytes when the input dies in this operator.
         The first pair whose input dies is the one that is used.
@@ -56,18 +56,12 @@ class Operator:
     outputs: tuple[int, ...]
     time_s: float = 0.0
     workspace_bytes: int = 0
-    recompute_time_s: float | None = None
     inplace: tuple[tuple[int, int], ...] = ()
     recomputable: bool = True
     module: str = ""
     source: str = ""
     implementation: str = ""
     replaces: int | None = None
-
-    @property
-    def again_s(self) -> float:
-        """Seconds of a repeated run."""
-        return self.time_s if self.recompute_time_s is None else self.recompute_time_s
 
 
 @dataclass(frozen=True)
@@ -273,7 +267,6 @@ def _check_operator(problem: Problem, operator: Operator) -> None:
     _check_indices(f"inputs of {who}", operator.inputs, len(problem.storages))
     _check_indices(f"outputs of {who}", operator.outputs, len(problem.storages))
     _check_cost(who, "time_s", operator.time_s)
-    _check_cost(who, "recompute_time_s", operator.again_s)
     _check_cost(who, "workspace_bytes", operator.workspace_bytes)
     for source, target in operator.inplace:
         if source not in operator.inputs or target not in operator.outputs:

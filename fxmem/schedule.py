@@ -145,12 +145,12 @@ def _deaths(problem: Problem, schedule: Schedule) -> list[set[int]]:
 
 def extra_times_s(problem: Problem, schedule: Schedule) -> list[float]:
     """Seconds that each step adds to the plain step's: nothing for a program operator's first run, what it takes more for an
-    alternative, again_s for every other run."""
+    alternative, all of its time for every other run."""
     extra = []
     first = set(range(problem.num_program))
     for index in schedule.steps:
         place = problem.program_index(index)
-        extra.append(problem.slower_s(index) if place in first else problem.operators[index].again_s)
+        extra.append(problem.slower_s(index) if place in first else problem.operators[index].time_s)
         first.discard(place)
     return extra
 

@@ -13,7 +13,7 @@ FakeTensor, TorchFakeTensorMode   see `fake_kernels` for ours           torch._s
 saved_by_partitioner   what PyTorch itself would keep                 torch._functorch.partitioners
 cpu_memory_events   the CPU allocator's events, by the profiler       kineto_results of torch.autograd.profiler
 TorchDispatchMode, and real tensors inside such modes (real_tensors)   torch.utils._python_dispatch
-storage_key, suggested_format, dense_strides, is_dense, in_usual_format and their kin   layouts    torch._prims_common
+storage_key, suggested_format, dense_strides, is_dense         torch._prims_common
 convolution_backend, convolution_backends   which kernels run a convolution                torch._C
 spec_children, spec_to_data, spec_from_data, rename_node              torch.utils._pytree, torch.fx.Node
 without_saved_tensors_hooks   hooks on what autograd saves            torch._C._autograd
@@ -502,25 +502,3 @@ def dense_strides(shape: Sequence[int], memory_format: torch.memory_format = tor
 def is_dense(tensor: torch.Tensor) -> bool:
     """Whether the tensor covers, without overlap or gap, one stretch of its storage."""
     return torch._prims_common.is_non_overlapping_and_dense_or_false(tensor)
-
-
-def channels_last_format(tensor: torch.Tensor) -> torch.memory_format | None:
-    """The channels-last format in which a tensor is contiguous."""
-    found = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.dim())
-    return found if found and tensor.is_contiguous(memory_format=found) else None
-
-
-def in_usual_format(tensor: torch.Tensor) -> bool:
-    """Whether the tensor fills its memory without gaps, in one of the usual formats."""
-    return tensor.is_contiguous() or channels_last_format(tensor) is not None
-
-
-def gradient_layout(tensor: torch.Tensor) -> tuple[int, ...]:
-    """The strides with which autograd keeps a leaf's gradient (torch/csrc/autograd/functions/accumulate_grad.h)."""
-    return tuple(tensor.stride()) if is_dense(tensor) else dense_strides(tensor.shape)
-
-
-def fills_its_storage(tensor: torch.Tensor) -> bool:
-    """Whether the tensor's elements are all that its storage holds, each once."""
-    whole = tensor.storage_offset() == 0 and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
-    return whole and is_dense(tensor)

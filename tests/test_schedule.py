@@ -28,12 +28,10 @@ def test_recompute_costs_time_and_frees_memory():
     assert timeline.overhead == pytest.approx(2 / 7)
 
 
-def test_recompute_time_and_extra_bytes():
-    problem = chain(2)
-    again = replace(problem.operators[0], recompute_time_s=0.25)
-    problem = replace(problem, operators=(again, *problem.operators[1:]), extra_bytes=7)
+def test_extra_bytes_are_there_all_the_time():
+    problem = replace(chain(2), extra_bytes=7)
     timeline = simulate(problem, Schedule((0, 1, 2, 0, 3, 4)))
-    assert timeline.time_s == 5.25
+    assert timeline.time_s == 6.0
     assert timeline.after_bytes[-1] == 10 + 7 + 10
 
 

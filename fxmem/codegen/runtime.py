@@ -16,6 +16,7 @@ import torch
 from torch import fx, nn
 
 from ..errors import TapeError
+from ..layouts import with_strides
 from .arena import ArenaPool, Lease, lend
 from .partition import GraphSpec, RegionGraphs, RegionSpec, boxed
 from .serialize import graph_from_data, graph_to_data
@@ -235,11 +236,4 @@ def _put_tangents(region: Region, tape: Tape, templates: list[tuple], gradients:
         if leaf in planned:
             name, stride = planned[leaf]
             tangent = given[leaf] if leaf in given else torch.zeros(shape, dtype=dtype, device=device)
-            tape.values[name] = _with_strides(tangent, stride)
-
-
-def _with_strides(tensor: torch.Tensor, stride: tuple[int, ...]) -> torch.Tensor:
-    """The tensor in the layout that the graphs were made for, since a view of any other may not exist."""
-    if all(size == 1 or a == b for size, a, b in zip(tensor.shape, tensor.stride(), stride, strict=True)):
-        return tensor
-    return torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+            tape.values[name] = with_strides(tangent, stride)  # a view of any other may not exist

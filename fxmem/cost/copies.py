@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ..torch_internals import channels_last_format, suggested_format
+from ..layouts import channels_last_format
+from ..torch_internals import suggested_format
 from .base import OpCall
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)

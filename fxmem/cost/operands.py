@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..layouts import span
 from ..torch_internals import pytree, storage_key
 from .base import OpCall
 
@@ -26,7 +27,7 @@ def real_operands(call: OpCall, device: torch.device) -> tuple[tuple, dict]:
     """
     spans: dict[tuple, list[int]] = {}
     for tensor in call.inputs:
-        first, last = _span(tensor)
+        first, last = span(tensor)
         known = spans.setdefault(_storage_group(tensor), [first, last])
         known[:] = [min(known[0], first), max(known[1], last)]
     bounds = _index_bounds(call)
@@ -52,14 +53,6 @@ def real_operands(call: OpCall, device: torch.device) -> tuple[tuple, dict]:
 
 def _storage_group(tensor: torch.Tensor) -> tuple:
     return storage_key(tensor), tensor.dtype
-
-
-def _span(tensor: torch.Tensor) -> tuple[int, int]:
-    """First and one past the last element of the storage that `tensor` reaches."""
-    first = tensor.storage_offset()
-    if tensor.numel() == 0:
-        return first, first
-    return first, first + 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def _filled(numel: int, dtype: torch.dtype, device: torch.device, bound: int) -> torch.Tensor:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import torch
 
-from ..torch_internals import channels_last_format, in_usual_format
+from ..layouts import channels_last_format, in_usual_format
 from .base import OpCall
 from .convolution_workspace import convolution, convolution_backward
 from .copies import (

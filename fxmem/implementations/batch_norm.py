@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from ..cost.base import OpCall
-from ..torch_internals import in_usual_format
+from ..layouts import in_usual_format
 from .base import Call, Choice, register_implementation
 from .operators import define
 

@@ -13,7 +13,8 @@ from collections.abc import Callable
 import torch
 
 from ..cost.base import OpCall
-from .operators import chunks, define, define_inplace, flat, laid_out
+from ..layouts import with_strides
+from .operators import chunks, define, define_inplace, flat
 
 CHUNK = 1 << 18  # elements; a multiple of 8
 GPU_CHUNK = 1 << 24
@@ -27,7 +28,7 @@ def pack(
 ) -> torch.Tensor:
     """Bits of `test(piece)`, which gives a new bool tensor, over all pieces of a dense tensor in the order that `stride` gives;
     or of its opposite."""
-    elements = flat(laid_out(x, stride))
+    elements = flat(with_strides(x, stride))
     bits = torch.empty(packed_bytes(x), dtype=torch.uint8, device=x.device)
     for begin, end in chunks(elements.numel(), _chunk(x)):
         mask = test(elements[begin:end])
@@ -60,7 +61,7 @@ def merge(
 ) -> torch.Tensor:
     """A new tensor like `values` with `stride`, in whose order the bits are, or those themselves; combine(ones and zeros,
     values, out) fills each piece of it."""
-    given, values = values, laid_out(values, stride)
+    given, values = values, with_strides(values, stride)
     made = values if inplace else torch.empty_like(values)
     source, target, rows = flat(values), flat(made), table(values.dtype, values.device)
     for begin, end in chunks(source.numel(), _chunk(values)):

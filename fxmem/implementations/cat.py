@@ -17,7 +17,7 @@ from ..cost.base import OpCall
 from ..cost.roofline import PARTS
 from ..cost.workspace import workspace_bytes
 from ..graph_meta import is_backward, makes_view
-from ..torch_internals import in_usual_format
+from ..layouts import in_usual_format
 from .base import Call, Choice, register_implementation
 from .operators import define, define_inplace
 

@@ -19,7 +19,7 @@ from torch import fx
 
 from ..codegen.operators import dropout_apply
 from ..graph_meta import is_backward
-from ..torch_internals import in_usual_format
+from ..layouts import in_usual_format
 from .base import Call, Choice, register_implementation
 from .batch_norm import FORWARDS as BATCH_NORMS
 from .batch_norm import batch_norm_again

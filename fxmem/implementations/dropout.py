@@ -6,7 +6,7 @@ import torch
 from torch import fx
 
 from ..codegen.operators import dropout_apply
-from ..torch_internals import in_usual_format
+from ..layouts import in_usual_format
 from .base import CODE, Call, Choice, register_implementation
 from .bits import pack_mask, unpack_mask
 

@@ -12,7 +12,7 @@ from ..cost.base import OpCall
 from ..cost.operands import OPERANDS
 from ..cost.workspace import WORKSPACE
 from ..inplace import INPLACE_FORMS, InplaceForm
-from ..torch_internals import in_usual_format
+from ..layouts import in_usual_format
 
 _library = torch.library.Library("fxmem", "FRAGMENT")
 
@@ -59,14 +59,6 @@ def alike(*tensors: torch.Tensor) -> bool:
 def is_exact(dtype: torch.dtype, *thresholds: float) -> bool:
     """Whether no kernel has to round these numbers: in half precision, kernels do so in different ways."""
     return dtype in (torch.float32, torch.float64) or all(torch.tensor(t, dtype=dtype).item() == t for t in thresholds)
-
-
-def laid_out(tensor: torch.Tensor, stride: list[int]) -> torch.Tensor:
-    """The tensor itself where it lies in memory as it was planned to, else a copy that does: what fake tensors say of strides
-    is not always what a kernel makes of operands in two formats."""
-    if all(n < 2 or found == planned for n, found, planned in zip(tensor.shape, tensor.stride(), stride, strict=True)):
-        return tensor
-    return torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
 def flat(tensor: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from ..graph_meta import StorageInfo, is_backward, require, rounded
-from ..torch_internals import gradient_layout
+from ..layouts import gradient_layout, lies_as, span
 from .base import Pass, made_like
 
 aten = torch.ops.aten
@@ -30,7 +30,7 @@ class OwnGradients(Pass):
                 continue
             value, layout = values[i], gradient_layout(placeholders[role.key].meta["val"])
             shown = any(infos[s].is_input for s in value.meta["fxmem_storages"]) or any(_overlap(value, g) for g in given)
-            if shown or not _lies_as(value.meta["val"], layout):
+            if shown or not lies_as(value.meta["val"], layout):
                 values[i] = _copy(graph_module, value, layout)
             given.append(values[i])
         modified = values != list(output.args[0])
@@ -42,18 +42,8 @@ def _overlap(value: fx.Node, other: fx.Node) -> bool:
     """Whether two gradients show the same bytes of one storage."""
     if not set(value.meta["fxmem_storages"]) & set(other.meta["fxmem_storages"]):
         return False
-    (a, b), (c, d) = _span(value.meta["val"]), _span(other.meta["val"])
+    (a, b), (c, d) = span(value.meta["val"]), span(other.meta["val"])
     return a < d and c < b
-
-
-def _span(tensor: torch.Tensor) -> tuple[int, int]:
-    """From which element of its storage a tensor reaches to which."""
-    start = tensor.storage_offset()
-    return start, start + 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-
-
-def _lies_as(tensor: torch.Tensor, layout: tuple[int, ...]) -> bool:
-    return all(n == 1 or s == t for n, s, t in zip(tensor.shape, tensor.stride(), layout, strict=True))
 
 
 def _copy(graph_module: fx.GraphModule, value: fx.Node, layout: tuple[int, ...]) -> fx.Node:

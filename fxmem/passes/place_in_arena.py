@@ -11,11 +11,12 @@ from torch import fx
 from ..codegen.arena import Layout, Slot
 from ..codegen.operators import replay
 from ..graph_meta import require
+from ..layouts import fills_its_storage
 from ..lowering import Lowered, node_device
 from ..memory import ArenaPlan, Buffer, Place, buffers_of, plan_arena
 from ..outforms import OutForm, out_form
 from ..schedule import Schedule
-from ..torch_internals import fills_its_storage, pytree
+from ..torch_internals import pytree
 from .base import Pass
 
 ALIGNMENT_BYTES = {"cpu": 64, "cuda": 512}  # as the allocators'

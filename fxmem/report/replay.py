@@ -72,7 +72,7 @@ def shares_by_module(problem: Problem, schedule: Schedule, timeline: Timeline) -
         if repeats:
             operator = problem.operators[index]
             again[operator.module] += sum(problem.storages[s].size_bytes for s in operator.outputs)
-            seconds[operator.module] += operator.again_s
+            seconds[operator.module] += operator.time_s
     return {name: ModuleShare(kept[name], again[name], seconds[name]) for name in {*kept, *again}}
 
 
@@ -99,7 +99,7 @@ def chosen_implementations(problem: Problem, schedule: Schedule, timeline: Timel
     for index, repeats in zip(schedule.steps, is_recompute(problem, schedule), strict=True):
         operator = problem.operators[index]
         if index in problem.encoders:
-            encoders[operator.implementation] += 0.0 if repeats else operator.again_s
+            encoders[operator.implementation] += 0.0 if repeats else operator.time_s
         elif operator.implementation:
             places[operator.implementation] += 1
             slower[operator.implementation] += problem.slower_s(index) if operator.replaces is not None else 0.0

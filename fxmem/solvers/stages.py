@@ -222,7 +222,7 @@ def _encoders(problem: Problem, forward: tuple[int, ...], bit: dict[int, int]) -
         last = next((m for m in range(moment, len(forward)) if forward[m] < problem.num_forward), len(forward))
         o = problem.operators[index]
         inputs, outputs = _bits(o.inputs, bit), _bits(o.outputs, bit)
-        found[moment] = Encoder(outputs, inputs, o.workspace_bytes, o.again_s, range(first, last))
+        found[moment] = Encoder(outputs, inputs, o.workspace_bytes, o.time_s, range(first, last))
     return found
 
 
@@ -254,7 +254,7 @@ def _recompute(problem: Problem, operator: Operator, bit: dict[int, int]) -> Rec
     extra_bytes = operator.workspace_bytes + sum(problem.storages[s].size_bytes for s in again)
     usable = replace(operator, inplace=tuple(pair for pair in operator.inplace if pair[1] not in again))
     pairs = _pairs(problem, usable, bit, lambda s: False)
-    return Recompute(operator.again_s, _bits(operator.inputs, bit), _bits(operator.outputs, bit), extra_bytes, pairs)
+    return Recompute(operator.time_s, _bits(operator.inputs, bit), _bits(operator.outputs, bit), extra_bytes, pairs)
 
 
 def _late_inputs(problem: Problem, index: int, bit: dict[int, int]) -> int:

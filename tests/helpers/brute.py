@@ -54,7 +54,7 @@ def least_time_s(problem: Problem, budget_bytes: int, *, ordered: bool) -> float
     """
     runs = [_Run(problem, index) for index in range(len(problem.operators))]
     place = slots(problem)
-    again = [(place[p], p, problem.operators[p].again_s) for p in place if problem.operators[p].recomputable]
+    again = [(place[p], p, problem.operators[p].time_s) for p in place if problem.operators[p].recomputable]
     encoders = [(p, extra_s) for _, p, extra_s in again if p in problem.encoders]
     behind = {p: _encoded(problem, p) for p in problem.encoders}
     outputs = sum(1 << s for s in problem.outputs)

@@ -42,8 +42,7 @@ def random_problem(rng: Random, most_forward: int = 5) -> Problem:
         inputs = [made[-1]] if made and rng.random() < 0.8 else []
         inputs += [s for s in build.some(made + fixed, 2) if s not in inputs]
         outputs = [build.storage("activation") for _ in range(rng.choice((1, 1, 2)))]
-        again = float(rng.randint(0, 5)) if rng.random() < 0.2 else None
-        build.operator(f"f{k}", inputs, outputs, 0.3, recomputable=rng.random() < 0.85, recompute_time_s=again)
+        build.operator(f"f{k}", inputs, outputs, 0.3, recomputable=rng.random() < 0.85)
         build.outputs.update(s for s in outputs if rng.random() < 0.06)
         made += outputs
     num_forward = len(build.operators)
