@@ -98,6 +98,19 @@ class Dense(nn.Module):
         return torch.cat([*found, x], 1)
 
 
+class Upsampled(nn.Module):
+    """What a U-Net joins: a skip, and what comes up from half of its size."""
+
+    def __init__(self, channels: int, kernel: int = 3, bias: bool = True):
+        super().__init__()
+        self.down = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+        self.up = nn.ConvTranspose2d(channels, channels, 2, stride=2)
+        self.joined = nn.Conv2d(2 * channels, channels, kernel, padding=kernel // 2, bias=bias)
+
+    def forward(self, x):
+        return self.joined(torch.cat([torch.sigmoid(x), torch.tanh(self.up(torch.tanh(self.down(x))))], 1))
+
+
 CASES: dict[str, Callable[[], nn.Module]] = {
     "layer_norm_output": lambda: Between(nn.Tanh(), RowNorm(), nn.SiLU()),
     "group_norm_output": lambda: Between(nn.Tanh(), nn.GroupNorm(2, 4, affine=False), nn.SiLU()),
@@ -113,6 +126,7 @@ CASES: dict[str, Callable[[], nn.Module]] = {
         nn.Tanh(), nn.BatchNorm2d(4), nn.SiLU(), nn.BatchNorm2d(4, affine=False), nn.SiLU()
     ),
     "batch_norm_slices": lambda: Between(nn.Tanh(), nn.BatchNorm2d(4), nn.SiLU(), nn.BatchNorm2d(4, affine=False), nn.ReLU()),
+    "convolution_parts": lambda: Between(Upsampled(8), nn.Tanh(), Upsampled(8, 1, bias=False), channels=8),
     "convolution_transposed": lambda: Between(nn.Conv2d(4, 6, 5, 2, 1), nn.Conv2d(6, 6, 5, padding=1)),
     "convolution_slices": lambda: Between(nn.Conv2d(4, 6, 5, padding=2), nn.Tanh(), nn.Conv2d(6, 3, 5, padding=2, bias=False)),
     "elu_output": lambda: Between(nn.ELU(0.7), nn.SELU(), nn.CELU(1.5)),

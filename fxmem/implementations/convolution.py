@@ -19,12 +19,23 @@ SAME_KERNEL = {("Mkldnn", "MkldnnTranspose"), ("Cudnn", "CudnnTranspose")}
 @register_implementation("convolution_transposed", aten.convolution_backward.default)
 def convolution_transposed(node: fx.Node) -> Choice | None:
     """The transposed convolution of the output's gradient, without groups: the same kernel, from gradient and weight alone."""
+    item = next((u for u in node.users if u.target is operator.getitem and u.args[1] == 0), None)
+    settings = transposed_of(node) if item is not None else None
+    if settings is None:
+        return None
+    *settings, missing = settings
+    call = Call(aten.convolution.default, (node.args[0], node.args[2], None, *settings, True, missing, 1))
+    return Choice(backward=call, result=item)
+
+
+def transposed_of(node: fx.Node) -> tuple[list[int], ...] | None:
+    """Stride, padding, dilation and output padding of the transposed convolution that makes what an operator makes that makes
+    the input's gradient alone, by the same kernel; None where there is none."""
     gradient, x, weight, _, stride, padding, dilation, transposed, _, groups, mask = node.args
     values = gradient.meta["val"], x.meta["val"], weight.meta["val"]
     stride, padding, dilation = (list(p) * (values[1].dim() - 2 if len(p) == 1 else 1) for p in (stride, padding, dilation))
     told = len(values[1]) > 1 or all(v.is_contiguous() for v in values)  # of one image, strides do not tell the format
-    item = next((u for u in node.users if u.target is operator.getitem and u.args[1] == 0), None)
-    if transposed or groups > 1 or list(mask) != INPUT_ALONE or item is None or not told:
+    if transposed or groups > 1 or list(mask) != INPUT_ALONE or not told:
         return None  # the kernels of groups differ in strides
     if any(v.numel() == 0 for v in values):
         return None
@@ -32,7 +43,4 @@ def convolution_transposed(node: fx.Node) -> Choice | None:
     missing = [x - ((y - 1) * s - 2 * p + d * (k - 1) + 1) for y, x, k, s, p, d in made]
     with fake_mode_of(values):
         backends = convolution_backends(*values[1:], stride, padding, dilation, groups, missing, values[0])
-    if backends not in SAME_KERNEL:
-        return None
-    call = Call(aten.convolution.default, (gradient, weight, None, stride, padding, dilation, True, missing, groups))
-    return Choice(backward=call, result=item)
+    return (stride, padding, dilation, missing) if backends in SAME_KERNEL else None
