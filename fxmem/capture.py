@@ -62,6 +62,7 @@ class Capture:
     differentiated: indices of the output leaves that get a gradient in the planned step.
     attached: indices of all output leaves that autograd would connect to the parameters or inputs.
     constants: tensors that the graph reads but no parameter or buffer names, by the name that their role carries.
+    attributes: of those that are attributes of the module, or stand in a list or dict of it, the path (see `attribute_at`).
     fixed_outputs: output leaves that are no tensors, by their index.
     read: paths of the module's attributes that the graph holds as constants (none of a GraphModule that was taken as it is).
     torch_level, call: the torch-level graph that was traced, and the (args, kwargs) of fake tensors that it was called with.
@@ -73,6 +74,7 @@ class Capture:
     differentiated: tuple[int, ...]
     attached: tuple[int, ...]
     constants: Mapping[str, torch.Tensor]
+    attributes: Mapping[str, str]
     fixed_outputs: Mapping[int, Any]
     read: tuple[str, ...]
     torch_level: fx.GraphModule
@@ -108,9 +110,9 @@ def capture(
         structure = flatten_outputs(graph_module)
         joint, out_spec = _aot(graph_module, args, kwargs)
     constants, fixed_outputs = assign_roles(joint, graph_module, names, input_names, differentiated)
+    known = constants, _attributes(module, constants), fixed_outputs
     torch_level = graph_module, (args, kwargs)
-    out_spec = structure or out_spec
-    return Capture(joint, in_spec, out_spec, differentiated, attached, constants, fixed_outputs, read, *torch_level)
+    return Capture(joint, in_spec, structure or out_spec, differentiated, attached, *known, read, *torch_level)
 
 
 def example_inputs_of(graph_module: nn.Module) -> tuple[torch.Tensor, ...]:
@@ -238,6 +240,19 @@ def _fake_inputs(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, d
 def _names(module: nn.Module) -> dict[int, str]:
     """id of each parameter and buffer -> the name that the user's module gives it (the first, where it is tied)."""
     return {id(t): name for name, t in (*module.named_buffers(), *module.named_parameters())}
+
+
+def _attributes(module: nn.Module, constants: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """Paths from the module of the constants that hang on it."""
+    paths: dict[int, str] = {}
+    for name, submodule in module.named_modules():
+        prefix = "".join(f"._modules['{step}']" for step in name.split(".") if step)
+        for attribute, value in vars(submodule).items():
+            items = enumerate(value) if isinstance(value, list | tuple) else value.items() if isinstance(value, dict) else ()
+            for key, held in ((None, value), *items):
+                if isinstance(held, torch.Tensor) and attribute not in ("_parameters", "_buffers"):
+                    paths.setdefault(id(held), f"{prefix}.{attribute}" + ("" if key is None else f"[{key!r}]"))
+    return {name: paths[id(constant)] for name, constant in constants.items() if id(constant) in paths}
 
 
 def _input_names(module: nn.Module, args: tuple, kwargs: dict) -> list[str]:

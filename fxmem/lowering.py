@@ -14,9 +14,11 @@ from torch import fx
 
 from .graph_meta import StorageInfo, is_backward, is_view, line_of, module_of, require
 from .problem import Operator, Problem, Storage
+from .torch_internals import OpOverload
 
 aten = torch.ops.aten
 
+TAGGED = ("aten", "prims", "fxmem", "torchvision")  # whose operators say of themselves that they draw random numbers
 BATCH_NORM = aten._native_batch_norm_legit_functional.default
 
 
@@ -83,9 +85,10 @@ def _offers(
 
 
 def draws_random_numbers(node: fx.Node) -> bool:
-    """Whether the node takes numbers from the device's default generator."""
-    tags = getattr(node.target, "tags", ())
-    if torch.Tag.nondeterministic_seeded not in tags:
+    """Whether the node takes numbers from the device's default generator. Operators of others may, whatever their tags say."""
+    if not isinstance(node.target, OpOverload):
+        return False
+    if torch.Tag.nondeterministic_seeded not in node.target.tags and node.target.namespace in TAGGED:
         return False
     arguments = node.normalized_arguments(node.graph.owning_module, normalize_to_only_use_kwargs=True)
     return not arguments or arguments.kwargs.get("dropout_p") != 0.0
@@ -161,6 +164,8 @@ def _recomputable(node: fx.Node, written: set[int]) -> bool:
     if node.target is BATCH_NORM and node.args[5] is True:
         # Run again it neither reads nor makes running statistics, so nobody may want these later.
         moved = (u for u in node.users if u.args[1] in (3, 4))
+        if node.args[1] is None and node.args[2] is None and node.meta["val"][1].dtype != node.args[0].meta["val"].dtype:
+            return False  # without the running statistics, nothing tells the repeat to sum up in their type
         return all("fxmem_writes" in u.meta or u.op == "output" for item in moved for u in item.users)
     return written.isdisjoint(s for n in node.all_input_nodes for s in n.meta["fxmem_storages"])  # through views, too
 

@@ -157,6 +157,40 @@ def test_attributes_that_the_model_computes_with(through):
     assert len(said) == 1 and "another 'sizes.1'" in said[0]
 
 
+class Weighted(nn.Module):
+    """Computes with tensors that are no buffers, one of them a list's, another one a dict's."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(8, 8), nn.Tanh())
+        self.inner[0].many, self.inner[0].named = [torch.ones(8)], {"a": torch.ones(8)}
+        self.weights = torch.ones(8)
+
+    def forward(self, x):
+        first = self.inner[0]
+        return self.inner(x) * self.weights * first.many[0] * first.named["a"]
+
+
+def test_tensors_that_are_attributes_may_be_replaced():
+    plain, planned, args = pair(Weighted, (torch.randn(4, 8),))
+    with messages() as said:
+        for number in range(2, 5):
+            for module in (plain, planned):
+                module.weights = torch.full((8,), float(number))
+                module.inner[0].many[0] = module.inner[0].named["a"] = torch.linspace(0, number, 8)
+                module.inner[0].many[0].mul_(2)
+            assert_same_steps(plain, planned, args, steps=1)
+        copied = copy.deepcopy(planned)
+        copied.weights = torch.zeros(8)
+        assert_same_steps(plain, planned, args, steps=1)
+        assert copied(*args).abs().max() == 0
+    assert not said
+    plain.weights, planned.weights = torch.ones(1), torch.ones(1)
+    with messages() as said:
+        assert_same_steps(plain, planned, args, steps=1)
+    assert len(said) == 1 and "another 'weights'" in said[0]
+
+
 def test_attributes_that_the_model_does_not_read_plan_nothing():
     plain, planned, args = pair(Scaled, (torch.randn(4, 8),))
     planned.calls = 7

@@ -29,9 +29,12 @@ from torch import nn
 
 import fxmem
 from fxmem import api, capture, prepared
+from fxmem.cost import OpCost
 from fxmem.graph_meta import module_of
 from fxmem.planning import solve_for
 from fxmem.torchvision_models import load_torchvision
+
+aten = torch.ops.aten
 
 
 def images(batch=2):
@@ -115,6 +118,45 @@ RANDOM = {
 def test_random_operators_draw_the_plain_numbers(name):
     torch.manual_seed(0)
     assert_drop_in(Apply(RANDOM[name]), (torch.randn(2, 4, 8),))
+
+
+@torch.library.custom_op("fxmem_tests::noisy", mutates_args=())
+def noisy(x: torch.Tensor) -> torch.Tensor:
+    """Draws random numbers, and does not say so."""
+    return x * torch.rand_like(x)
+
+
+noisy.register_fake(torch.empty_like)
+noisy.register_autograd(lambda ctx, gradient: 2 * gradient)
+
+
+class Noise(nn.Module):
+    def forward(self, x):
+        return noisy(x)
+
+
+def test_an_operator_of_the_users_that_draws_is_run_again_on_the_same_numbers():
+    layers = [layer for _ in range(3) for layer in (nn.Linear(64, 64), Noise(), nn.GELU())]
+    planned = assert_drop_in(nn.Sequential(*layers), (torch.randn(512, 64),), budget="min", cost="roofline")
+    assert any("replay(" in region.backward_graph.code for region in planned.regions)
+
+
+class DearDropouts:
+    """Costs by which a dropout is rather made again from its mask."""
+
+    name = "dear dropouts"
+
+    def cost(self, node):
+        return OpCost({aten.native_dropout.default: 1.0, torch.ops.fxmem.dropout_apply.default: 1e-6}.get(node.target, 1e-3), 0)
+
+
+@pytest.mark.parametrize("needs_grad", [True, False])
+def test_a_dropout_of_the_input(needs_grad):
+    """Its mask has no reader where the input needs no gradient, and is gone then."""
+    layers = [layer for _ in range(3) for layer in (nn.Linear(64, 64), nn.Tanh())]
+    x = torch.randn(512, 64, requires_grad=needs_grad)
+    planned = assert_drop_in(nn.Sequential(nn.Dropout(0.5), *layers), (x,), budget="min", cost=DearDropouts())
+    assert ("dropout_apply" in planned.regions[0].backward_graph.code) == needs_grad
 
 
 class Noisy(nn.Module):
@@ -359,6 +401,26 @@ def test_keywords_however_split():
     assert len(said) == 1
 
 
+class Flipped(nn.Module):
+    """Takes any number of tensors behind an argument that has a default."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x, flip=False, *more):
+        return sum(more, self.layer(x.flip(0) if flip else x))
+
+
+def test_any_number_of_arguments_behind_a_default():
+    x, y = torch.randn(4, 8), torch.randn(4, 8)
+    planned = assert_drop_in(Flipped(), (x, False, x, y))
+    with messages() as said:
+        assert torch.equal(planned(x, False, y, x), planned.source(x, False, y, x))
+    assert not said
+    assert_drop_in(Flipped(), (x, True, y))
+
+
 @each_device
 def test_a_smaller_batch_is_planned_once_and_logged(device):
     model = on(device, ConvNet())
@@ -510,6 +572,15 @@ def test_writes_into_views_and_conjugates_are_counted(make, options):
     measured = fxmem.measure(planned, (x,), repeats=1).peak_bytes
     assert 0.95 * planned.plan.predicted_peak_bytes <= measured <= planned.plan.predicted_peak_bytes
     assert all(node.target is not torch.ops.aten.copy.default for r in planned.regions for node in r.forward_graph.graph.nodes)
+
+
+def test_a_batch_norm_without_weights_keeps_its_precision_under_autocast():
+    """Run again without the running statistics, it would have its own in low precision."""
+    layers = [layer for _ in range(3) for layer in (nn.Linear(32, 32), nn.BatchNorm1d(32, affine=False), nn.GELU())]
+    model, args = nn.Sequential(*layers), (torch.randn(256, 32),)
+    with torch.autocast("cpu", torch.bfloat16):
+        for implementations in (None, ()):
+            assert_drop_in(model, args, budget="min", implementations=implementations)
 
 
 def test_autocast_is_still_in_force_after_a_call():

@@ -38,9 +38,10 @@ def assemble(
     expected, attached = frozenset(captured.differentiated), frozenset(captured.attached)
     arenas = [ArenaPool(layout) if layout and layout.slots else None] + [None] * len(parts)
     regions = [Region(part, i, len(parts), expected, attached, arenas[i]) for i, part in enumerate(parts)]
-    chain = RegionChain(regions, captured.constants, captured.out_spec)
+    chain = RegionChain(regions, captured.constants, captured.attributes, captured.out_spec)
     graph = _Outer(source, captured, args, kwargs).build([part.spec for part in parts])
-    return PlannedModule(source, graph, chain, plan, Call.of(source, args, kwargs, captured.read), replan, infer)
+    call = Call.of(source, args, kwargs, (*captured.read, *captured.attributes.values()))
+    return PlannedModule(source, graph, chain, plan, call, replan, infer)
 
 
 class _Outer:

@@ -77,9 +77,12 @@ def check_is_no_tensor(args: Any, error: type[Exception]) -> None:
 def canonical_call(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """The same arguments whichever way the caller wrote them: positional where that can be, and without spelt out defaults."""
     bound = inspect.signature(module.forward).bind(*args, **kwargs)
-    for name, value in list(bound.arguments.items()):
-        if isinstance(value, CONSTANTS) and _same(value, bound.signature.parameters[name].default):
+    parameters, by_place = bound.signature.parameters, False
+    for name, value in reversed(list(bound.arguments.items())):
+        if not by_place and isinstance(value, CONSTANTS) and _same(value, parameters[name].default):
             del bound.arguments[name]
+        elif parameters[name].kind in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL):
+            by_place = True  # so that what is before it has to be written out
     return bound.args, bound.kwargs
 
 

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..errors import CaptureError, FxmemError
 from ..graph_meta import clean_path
-from ..torch_internals import is_being_traced, pytree, spec_from_data, spec_to_data
+from ..torch_internals import attribute_at, is_being_traced, pytree, spec_from_data, spec_to_data
 from .calls import Call, canonical_call
 from .runtime import Region
 from .serialize import graph_from_data, graph_to_data
@@ -30,15 +30,27 @@ HOOKS += ("_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_ho
 
 
 class RegionChain(nn.Module):
-    """The regions of a planned module in forward order: by index, by name as attributes, or one after another."""
+    """The regions of a planned module in forward order: by index, by name as attributes, or one after another.
 
-    def __init__(self, regions: list[Region], constants: Mapping[str, torch.Tensor], output_spec: Any):
+    constants: tensors that the graph reads beside parameters and buffers. attributes: of which of the source's attributes some
+    of them are (see `attribute_at`).
+    """
+
+    def __init__(
+        self, regions: list[Region], constants: Mapping[str, torch.Tensor], attributes: Mapping[str, str], output_spec: Any
+    ):
         super().__init__()
+        self.attributes = dict(attributes)
         for region in regions:
             self.add_module(region.name, region)
         for name, tensor in constants.items():
             self.register_buffer(name, tensor, persistent=False)
         self.output_structure = OutputStructure(output_spec)
+
+    def follow(self, source: nn.Module) -> None:
+        """Take the tensors that the source's attributes have become, where somebody has put others there."""
+        for name, path in self.attributes.items():
+            self._buffers[name] = attribute_at(source, path)
 
     def _regions(self) -> list[Region]:
         return [m for m in self.children() if isinstance(m, Region)]
@@ -147,7 +159,10 @@ class PlannedModule(fx.GraphModule):
     # Which plan a call gets depends on more than Dynamo guards: code that is compiled around this one calls it as it is.
     @torch.compiler.disable
     def __call__(self, *args, **kwargs):
-        if is_being_traced(args, kwargs) or self._replan is None:  # a plan of inference, for one kind of call
+        if is_being_traced(args, kwargs):
+            return super().__call__(*args, **kwargs)
+        if self._replan is None:  # a plan of inference, for one kind of call
+            self.regions.follow(self._source)
             return super().__call__(*args, **kwargs)
         self._modules.update(self._source._modules)
         args, kwargs = canonical_call(self._source, args, kwargs)
@@ -156,6 +171,7 @@ class PlannedModule(fx.GraphModule):
         call = self._call.again(self._source, args, kwargs)
         if self._call.serves(call):
             self._alone(self)
+            self.regions.follow(self._source)
             return super().__call__(*args, **kwargs)
         return self._alone(self._variant(call, args, kwargs))(*args, **kwargs)
 
@@ -223,6 +239,7 @@ class PlannedModule(fx.GraphModule):
             "source": self._source,
             "regions": list(chain),
             "constants": dict(chain.named_buffers(recurse=False)),
+            "attributes": chain.attributes,
             "output_structure": spec_to_data(chain.output_structure.spec),
             "graph": graph_to_data(self.graph),
             "hooks": {name: self.__dict__[name] for name in HOOKS if name in self.__dict__},
@@ -266,7 +283,7 @@ class _Plain(nn.Module):
 
 
 def _rebuild(state: dict[str, Any]) -> PlannedModule:
-    chain = RegionChain(state["regions"], state["constants"], spec_from_data(state["output_structure"]))
+    chain = RegionChain(state["regions"], state["constants"], state["attributes"], spec_from_data(state["output_structure"]))
     planned = PlannedModule(state["source"], graph_from_data(state["graph"]), chain, *state["rest"])
     planned.__dict__.update(state["hooks"])
     return planned

@@ -47,5 +47,8 @@ class Costs(Pass):
 
 
 def _has_kept_mask(node: fx.Node) -> bool:
-    """Whether the node is a forward dropout that draws a mask."""
-    return node.target is NATIVE_DROPOUT and not is_backward(node) and node.args[2] is not False and 0 < node.args[1] < 1
+    """Whether the node is a forward dropout that draws a mask, which somebody reads: the backward, but for an input that needs
+    no gradient."""
+    if node.target is not NATIVE_DROPOUT or is_backward(node):
+        return False
+    return node.args[2] is not False and 0 < node.args[1] < 1 and any(u.args[1] == 1 for u in node.users)
