@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import os
 from collections import Counter
@@ -16,7 +17,7 @@ from torch import nn
 from .budget import check_time_limit, parse_budget
 from .capture import check_inputs, example_inputs_of, tensors_of
 from .codegen.assemble import assemble
-from .codegen.calls import canonical_call, check_is_no_tensor
+from .codegen.calls import canonical_call, check_is_tuple
 from .codegen.partition import partition
 from .codegen.planned import PlannedModule, check_names
 from .cost import CostModel
@@ -258,9 +259,7 @@ def _example_call(
         raise CaptureError(f"example_kwargs is a {type(kwargs).__name__}; give a dict of the module's keyword arguments")
     if args is None and not kwargs:
         args = example_inputs_of(module)
-    check_is_no_tensor(args, CaptureError)
-    if isinstance(args, Mapping):
-        raise CaptureError("example_inputs is a dict; give keyword arguments as example_kwargs, or a dict argument as (it,)")
+    check_is_tuple(args, CaptureError)
     try:
         check_inputs(tuple(args or ()), kwargs or {})
         return module, *canonical_call(module, tuple(args or ()), kwargs or {})
@@ -299,7 +298,9 @@ def _warn_of_hooks(module: nn.Module) -> None:
     """Hooks on submodules are traced, but do not fire inside a region: no matter for those that only note what they see."""
 
     def hooks_of(m: nn.Module) -> list[Any]:
-        found = (*m._forward_hooks.values(), *m._forward_pre_hooks.values(), *m._backward_hooks.values())
+        found = itertools.chain.from_iterable(
+            hooks.values() for hooks in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)
+        )
         return [hook for hook in found if getattr(hook, "__module__", "") != COLLECTING_HOOKS]
 
     hooked = [name for name, m in module.named_modules() if name and hooks_of(m)]

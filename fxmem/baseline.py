@@ -20,7 +20,7 @@ from torch import nn
 
 from .errors import MeasureError
 from .fake_kernels import FakeCopies, FakeTensorMode
-from .measuring import backward_roots
+from .measuring import attached_outputs, backward_roots
 from .torch_internals import TorchDispatchMode, captured_checkpoints, owners, pytree, restore_rng, without_saved_tensors_hooks
 
 KINDS = ("parameter", "buffer", "input", "activation", "gradient", "workspace")
@@ -55,7 +55,7 @@ def eager_timeline(
     kwargs: dict[str, Any] | None = None,
     workspace: Workspace | None = None,
     output_gradients: Iterable[torch.Tensor] | None = None,
-    roots_of: Callable[[Any], list[torch.Tensor]] = backward_roots,
+    roots_of: Callable[[Any], list[torch.Tensor]] | None = None,
     inference: bool = False,
 ) -> EagerTimeline:
     """Predict the memory of `module`'s training step as `fxmem.measure` would find it.
@@ -84,6 +84,7 @@ def eager_timeline(
             for tensor in _tensors(tree):
                 ledger.add(tensor, kind)
         fakes.forget()
+        roots_of = roots_of or (backward_roots if given is None else attached_outputs)
         return _run(module, {**parameters, **buffers}, inputs, given, ledger, roots_of)
 
 

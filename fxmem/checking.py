@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from .codegen.assemble import assemble
-from .codegen.calls import canonical_call, check_is_no_tensor
+from .codegen.calls import canonical_call, check_is_tuple
 from .codegen.partition import partition
 from .codegen.planned import PlannedModule
 from .decisions import Plan
@@ -63,7 +63,7 @@ def check_implementation(
     memory than was promised.
     """
     choose_implementations((name,), "accurate")
-    check_is_no_tensor(example_inputs, ImplementationError)
+    check_is_tuple(example_inputs, ImplementationError)
     args, kwargs = canonical_call(module, tuple(example_inputs), example_kwargs or {})
     plain = copy.deepcopy(module)
     expected = _values(plain, args, kwargs)

@@ -81,7 +81,8 @@ class Plan:
 
     @property
     def lower_bound_overhead(self) -> float:
-        """No schedule of these operators within the budget has less extra time than this."""
+        """No schedule of these operators within the budget has less extra time than this (on the smallest graphs: none that
+        recomputes in program order before each operator of the backward)."""
         return self.solution.lower_bound_overhead
 
     @property

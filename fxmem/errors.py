@@ -16,7 +16,7 @@ class InfeasibleBudgetError(FxmemError):
 
     Attributes:
         budget_bytes: what was asked for.
-        min_budget_bytes: the peak that `budget="min"` reaches.
+        min_budget_bytes: the least peak that was reached: a budget that can be met.
     """
 
     def __init__(self, message: str, budget_bytes: int, min_budget_bytes: int):

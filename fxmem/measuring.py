@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .codegen.calls import check_is_no_tensor
+from .codegen.calls import check_is_tuple
 from .errors import MeasureError
 from .torch_internals import cpu_memory_events, pytree, storage_key
 
@@ -66,8 +66,9 @@ def measure(
     """Run `module`'s training step and measure its peak and its time.
 
     The backward starts from `output_gradients` (one for each floating point output that requires grad, in order); without
-    them from the scalar outputs if there are any, else from all of them with ones. Gradients, buffers, random number
-    generators and the mode are afterwards what they were. One more step than `repeats + warmup` runs, for the peak.
+    them from the scalar outputs if there are any, else from all of them with ones. Other outputs are let go of before it.
+    Gradients, buffers and random number generators are afterwards what they were. One more step than `repeats + warmup` runs,
+    for the peak.
 
     Raises MeasureError where no output requires grad, the tensors lie on several devices, or repeats is less than one.
     """
@@ -116,9 +117,14 @@ def _check_counts(repeats: int, warmup: int) -> None:
         raise MeasureError(f"repeats={repeats} and warmup={warmup}; need at least one repeat and no negative warm-up")
 
 
+def attached_outputs(outputs: Any) -> list[torch.Tensor]:
+    """The outputs that require grad, in order."""
+    return [t for t in pytree.tree_leaves(outputs) if isinstance(t, torch.Tensor) and t.requires_grad]
+
+
 def backward_roots(outputs: Any) -> list[torch.Tensor]:
-    """The outputs that the backward starts from: scalar floating point ones that require grad, else all that do."""
-    tensors = [t for t in pytree.tree_leaves(outputs) if isinstance(t, torch.Tensor) and t.requires_grad]
+    """The outputs that the backward starts from if nobody says otherwise: scalar ones that require grad, else all that do."""
+    tensors = attached_outputs(outputs)
     scalars = [t for t in tensors if t.dim() == 0]
     return scalars or tensors
 
@@ -129,11 +135,12 @@ class _Step:
     def __init__(self, module: nn.Module, args: tuple, kwargs: dict, output_gradients: Iterable[torch.Tensor] | None):
         if not isinstance(module, nn.Module):
             raise MeasureError(f"a training step is one of a torch.nn.Module; a {type(module).__name__} was given")
-        check_is_no_tensor(args, MeasureError)
+        check_is_tuple(args, MeasureError)
         self.module = module
         self.args, self.kwargs = _own_leaves((args, kwargs))
         self.inputs = [t for t in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(t, torch.Tensor)]
         self.device = _one_device([*module.parameters(), *module.buffers(), *self.inputs])
+        self.roots_of = backward_roots if output_gradients is None else attached_outputs
         self.gradients = self._ones() if output_gradients is None else list(output_gradients)
 
     def _ones(self) -> list[torch.Tensor | None]:
@@ -143,7 +150,7 @@ class _Step:
             return [None if root.dim() == 0 else torch.ones_like(root) for root in roots]
 
     def _roots(self, outputs: Any) -> list[torch.Tensor]:
-        roots = backward_roots(outputs)
+        roots = self.roots_of(outputs)
         if not roots:
             raise MeasureError(
                 f"no output of {type(self.module).__name__} requires grad, so there is no backward to measure: "
@@ -169,7 +176,10 @@ class _Step:
         as in `loss = model(batch).loss; loss.backward()`."""
         roots = self._roots(self.module(*self.args, **self.kwargs))
         if len(roots) != len(self.gradients):
-            raise MeasureError(f"{len(self.gradients)} output gradients were given for {len(roots)} outputs that require grad")
+            raise MeasureError(
+                f"{len(self.gradients)} output gradients were given for {len(roots)} outputs that require grad: give one for "
+                "each of these, in their order, or none at all"
+            )
         torch.autograd.backward(roots, self.gradients)
         return roots
 

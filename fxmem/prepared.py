@@ -19,6 +19,7 @@ from .cost import CostModel, cost_model, workspace_of
 from .decisions import Origin, Plan
 from .errors import CaptureError
 from .lowering import Lowered, lower
+from .measuring import attached_outputs
 from .order import Order
 from .passes import (
     Costs,
@@ -239,9 +240,4 @@ def _cost_model(cost: str | CostModel, device: torch.device | None) -> CostModel
 def _baseline(captured: Capture, model: CostModel, name: str) -> EagerTimeline:
     """The plain module's memory, with workspaces as the cost model has them for the planned one."""
     with refusing(name):
-        return eager_timeline(captured.torch_level, *captured.call, workspace=workspace_of(model), roots_of=_attached)
-
-
-def _attached(outputs: Any) -> list[torch.Tensor]:
-    """The outputs that the planned step differentiates: capture has detached all others."""
-    return [t for t in pytree.tree_leaves(outputs) if isinstance(t, torch.Tensor) and t.requires_grad]
+        return eager_timeline(captured.torch_level, *captured.call, workspace=workspace_of(model), roots_of=attached_outputs)

@@ -4,8 +4,10 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from helpers.models import LossAndLogits
 from torch import nn
 
+import fxmem
 from fxmem.errors import MeasureError
 from fxmem.measuring import measure, measure_pair
 from fxmem.torch_internals import pytree
@@ -53,6 +55,15 @@ def test_bytes_of_a_chain():
     assert m.gradient_bytes == KB4
     assert m.peak_bytes == (3 + 4) * KB4
     assert (m.device, len(m.times_s)) == ("cpu", 1)
+
+
+def test_given_output_gradients_are_for_all_outputs_that_require_grad():
+    args, gradients = (torch.randn(512, 64),), [torch.ones(()), torch.ones(512, 64)]
+    planned = fxmem.transform(LossAndLogits(), args, output_gradients="all", cost="measured", time_limit_s=0.2)
+    measured = measure(planned, args, output_gradients=gradients, repeats=1)
+    assert measured.peak_bytes == planned.plan.predicted_peak_bytes
+    with pytest.raises(MeasureError, match="1 output gradients .* for 2 outputs .* give one for each"):
+        measure(planned, args, output_gradients=gradients[:1])
 
 
 def test_given_output_gradients_are_counted_and_used():
@@ -126,6 +137,7 @@ def test_a_failing_step_leaves_the_module_as_it_was():
     [
         (lambda: measure(nn.ReLU(), (torch.zeros(2),)), "no output of ReLU requires grad"),
         (lambda: measure(Chain(), (torch.zeros(1024),), repeats=0), "at least one repeat"),
+        (lambda: measure(Chain(), {"x": torch.zeros(1024)}), "example_inputs is a dict; give keyword arguments"),
         (lambda: measure_pair(Chain(), Chain(), (torch.zeros(1024),), repeats=0), "at least one repeat"),
         (lambda: measure(Chain(), (torch.zeros(1024, device="meta"),)), "several devices \\(cpu, meta\\)"),
         (lambda: measure(Chain(), (torch.zeros(1024),), output_gradients=[]), "0 output gradients were given for 1 output"),

@@ -11,7 +11,7 @@ from dataclasses import replace
 import matplotlib
 import pytest
 import torch
-from helpers.models import ConvNet
+from helpers.models import ConvNet, LossAndLogits
 from matplotlib import pyplot
 from rich.console import Console
 
@@ -97,6 +97,13 @@ def test_account(plan):
     assert 0 < len(largest) <= 10 and all(row[4].startswith("models.py:") for row in largest)
     assert {row[3] for row in largest} & {"blocks.0.0", "blocks.1.0", "blocks.0.1", "blocks.1.1", "stem", "(root)"}
     assert dict(account.facts)["peak"].startswith(f"{format_bytes(plan.baseline_peak_bytes)} -> ")
+
+
+@pytest.mark.parametrize(("output_gradients", "said"), [(None, True), ("all", False), ([0], True)])
+def test_outputs_that_are_not_counted_are_told_of(output_gradients, said):
+    plan = fxmem.plan(LossAndLogits(), (torch.randn(512, 64),), output_gradients=output_gradients, time_limit_s=0.2)
+    facts = dict(account_of_plan(plan).facts)
+    assert (facts.get("outputs", "").startswith("up to 131.1 KB more")) == said == ("outputs" in facts)
 
 
 def test_summary_is_one_screen(plan, large):

@@ -77,6 +77,14 @@ def test_a_registered_solver_is_used():
         del SOLVERS["plain"]
 
 
+@pytest.mark.parametrize(
+    ("name", "message"), [("auto", "there is a solver 'auto' already"), ("", "'' cannot be asked for"), (3, "give text")]
+)
+def test_a_solver_by_a_name_that_it_cannot_have(name, message):
+    with pytest.raises(FxmemError, match=message):
+        register_solver(name)(lambda task: Answer(None))
+
+
 def test_unet_stays_near_the_best_known():
     problem = load_instance("unet_8")
     solution = solve(problem, peak(problem, 0.5))

@@ -68,10 +68,12 @@ def _is_constant(value: Any) -> bool:
     return isinstance(value, CONSTANTS) or (isinstance(value, tuple | list) and all(map(_is_constant, value)))
 
 
-def check_is_no_tensor(args: Any, error: type[Exception]) -> None:
-    """Raise `error` for a tensor where a tuple of arguments is to be given."""
+def check_is_tuple(args: Any, error: type[Exception]) -> None:
+    """Raise `error` for a tensor or a dict where a tuple of arguments is to be given."""
     if isinstance(args, torch.Tensor):
         raise error("example_inputs is a tensor; give a tuple of the module's arguments, as in example_inputs=(x,)")
+    if isinstance(args, Mapping):
+        raise error("example_inputs is a dict; give keyword arguments as example_kwargs, or a dict argument as (it,)")
 
 
 def canonical_call(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> tuple[tuple, dict[str, Any]]:

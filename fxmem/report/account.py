@@ -12,9 +12,11 @@ from .replay import PEAK_KINDS, TITLES, chosen_implementations, is_recompute, ma
 
 if TYPE_CHECKING:
     from ..decisions import Frontier, Plan
+    from ..problem import Problem
 
 LARGEST = 10
 MODULES = 8
+TO_TELL = 0.01  # of the peak: outputs of fewer bytes need no word
 EQUAL_TIMES = 1e-9  # of a step: what is less is rounding
 TEXTS = ("", "storage", "kind", "module", "line", "chosen", "status")
 
@@ -66,6 +68,8 @@ def _facts(plan: Plan) -> Iterable[tuple[str, str]]:
     share = plan.predicted_peak_bytes / plan.baseline_peak_bytes
     peaks = f"{format_bytes(plan.baseline_peak_bytes)} -> {format_bytes(plan.predicted_peak_bytes)}"
     yield "peak", f"{peaks} ({format_percent(share, 0)} of the plain module's)"
+    if (held_bytes := _dropped_outputs_bytes(plan.problem)) > TO_TELL * plan.predicted_peak_bytes:
+        yield "outputs", f"up to {format_bytes(held_bytes)} more where the caller holds those without gradient in the backward"
     yield "time", f"{format_percent(plan.predicted_overhead, sign=True)} predicted ({plan.cost} costs){_parts(plan)}"
     yield "found", f"{plan.status}; none within this budget is below {format_percent(plan.lower_bound_overhead, sign=True)}"
     steps, timeline = plan.solution.schedule.steps, plan.solution.timeline
@@ -77,6 +81,12 @@ def _facts(plan: Plan) -> Iterable[tuple[str, str]]:
         inside = f"{len(arena.inside):,} of {len(arena.places):,} buffers, {format_percent(arena.share, 0)} of their bytes"
         yield "arena", f"{format_bytes(arena.arena_bytes)} for {inside}; print(plan.arena) lists them"
     yield "took", f"{plan.capture_time_s:.1f} s to capture, {plan.solve_time_s:.1f} s to solve"
+
+
+def _dropped_outputs_bytes(problem: Problem) -> int:
+    """Bytes of what the forward hands out, and a training step lets go of before its backward."""
+    handed_out = set(problem.operators[problem.num_forward - 1].inputs)  # the "return" that ends a forward
+    return sum(problem.storages[s].size_bytes for s in handed_out - problem.outputs if problem.producers[s])
 
 
 def _parts(plan: Plan) -> str:

@@ -89,9 +89,16 @@ SOLVERS: dict[str, Solver] = {}
 
 
 def register_solver(name: str) -> Callable[[Solver], Solver]:
-    """Decorator: make a function from `Task` to `Answer` available as `solve(..., solver=name)`."""
+    """Decorator: make a function from `Task` to `Answer` available as `solve(..., solver=name)`.
+
+    Raises FxmemError for a name that another function has, and what is no name.
+    """
+    if not isinstance(name, str) or not name:
+        raise FxmemError(f"solver {name!r} cannot be asked for by name: give text")
 
     def register(function: Solver) -> Solver:
+        if name in SOLVERS and SOLVERS[name].__qualname__ != function.__qualname__:
+            raise FxmemError(f"there is a solver {name!r} already; give this one another name")
         SOLVERS[name] = function
         return function
 
