@@ -99,7 +99,7 @@ def transform(
         prepared, plan_ = decide(module, args, kwargs, question, given, cache_dir)
         others = ask if ask.fraction is None else replace(ask, at_least_bytes=plan_.budget_bytes)
         again = functools.partial(transform, budget=others, arena=arena, **graph_options, **options)
-        joint = Rematerialize(solution=plan_.solution)(prepared.joint).graph_module
+        joint = Rematerialize(solution=plan_.solution)(prepared.reordered_joint()).graph_module
         infer = None
         if arena:
             infer = functools.partial(plan_inference, inplace=graph_options["inplace"])

@@ -21,7 +21,15 @@ from torch import nn
 from .errors import MeasureError
 from .fake_kernels import FakeCopies, FakeTensorMode
 from .measuring import attached_outputs, backward_roots
-from .torch_internals import TorchDispatchMode, captured_checkpoints, owners, pytree, restore_rng, without_saved_tensors_hooks
+from .torch_internals import (
+    TorchDispatchMode,
+    captured_checkpoints,
+    owners,
+    pytree,
+    restore_rng,
+    tensors_in,
+    without_saved_tensors_hooks,
+)
 
 KINDS = ("parameter", "buffer", "input", "activation", "gradient", "workspace")
 aten = torch.ops.aten
@@ -81,7 +89,7 @@ def eager_timeline(
         inputs = pytree.tree_map_only(torch.Tensor, fakes.convert, (args, kwargs or {}))
         given = None if output_gradients is None else [fakes.convert(g) for g in output_gradients]
         for kind, tree in (("parameter", parameters), ("buffer", buffers), ("input", (inputs, given))):
-            for tensor in _tensors(tree):
+            for tensor in tensors_in(tree):
                 ledger.add(tensor, kind)
         fakes.forget()
         roots_of = roots_of or (backward_roots if given is None else attached_outputs)
@@ -122,7 +130,7 @@ class _Ledger(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        made = _tensors(out)
+        made = tensors_in(out)
         if made and not self._silent:
             for tensor in made:
                 self.add(tensor, self._making)
@@ -164,7 +172,7 @@ class _Ledger(TorchDispatchMode):
         ones = [None if root.dim() == 0 else torch.ones_like(root) for root in roots]
         self._silent = False
         before = self._live["input"]
-        for tensor in _tensors(ones):
+        for tensor in tensors_in(ones):
             self.add(tensor, "input")
         for _, live in self._records:
             live["input"] += self._live["input"] - before
@@ -203,7 +211,3 @@ def _alone() -> dict[Any, tuple[int, int]]:
             twice.sum().backward(retain_graph=True)
             chosen.sum().backward()
     return found
-
-
-def _tensors(tree: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]

@@ -38,6 +38,7 @@ from .torch_internals import (
     pytree,
     quiet_tracing,
     restore_rng,
+    tensors_in,
     without_saved_tensors_hooks,
 )
 
@@ -58,7 +59,7 @@ class Capture:
     """A captured module.
 
     joint: the joint graph, flat arguments, roles in its meta.
-    in_spec, out_spec: pytree specs of (args, kwargs) and of the outputs.
+    out_spec: pytree spec of the outputs.
     differentiated: indices of the output leaves that get a gradient in the planned step.
     attached: indices of all output leaves that autograd would connect to the parameters or inputs.
     constants: tensors that the graph reads but no parameter or buffer names, by the name that their role carries.
@@ -69,7 +70,6 @@ class Capture:
     """
 
     joint: fx.GraphModule
-    in_spec: Any
     out_spec: Any
     differentiated: tuple[int, ...]
     attached: tuple[int, ...]
@@ -102,7 +102,6 @@ def capture(
     with restore_rng(), torch.no_grad() if inference else contextlib.nullcontext():
         module, args, kwargs = on_fake_tensors(module, args, kwargs)
         names, input_names = _names(module), _input_names(module, args, kwargs)
-        in_spec = pytree.tree_structure((args, kwargs))
         graph_module, read, args, kwargs = _torch_level(module, args, kwargs)
         _add_unused_state(graph_module, module)
         values = _output_values(graph_module, args, kwargs)
@@ -112,7 +111,7 @@ def capture(
     constants, fixed_outputs = assign_roles(joint, graph_module, names, input_names, differentiated)
     known = constants, _attributes(module, constants), fixed_outputs
     torch_level = graph_module, (args, kwargs)
-    return Capture(joint, in_spec, structure or out_spec, differentiated, attached, *known, read, *torch_level)
+    return Capture(joint, structure or out_spec, differentiated, attached, *known, read, *torch_level)
 
 
 def example_inputs_of(graph_module: nn.Module) -> tuple[torch.Tensor, ...]:
@@ -151,8 +150,7 @@ def on_fake_tensors(module: nn.Module, args: tuple, kwargs: dict) -> tuple[nn.Mo
 
 def tensors_of(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
     """Parameters, buffers, and the tensors of a call."""
-    leaves = (*module.parameters(), *module.buffers(), *pytree.tree_leaves((args, kwargs)))
-    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    return [*module.parameters(), *module.buffers(), *tensors_in((args, kwargs))]
 
 
 def device_of(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> torch.device | None:

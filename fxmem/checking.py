@@ -25,7 +25,7 @@ from .prepared import prepare
 from .schedule import Schedule, simulate
 from .solvers import Solution
 from .solvers.stages import compile_problem
-from .torch_internals import pytree
+from .torch_internals import pytree, tensors_in
 
 MOST_ERRORS = 4.0  # times the plain operator's own error that an accurate implementation may have
 NO_DIGIT = 0.5  # the plain operator's own error from which on a tensor says nothing: a gradient that is zero but for rounding
@@ -137,7 +137,7 @@ def _values(module: nn.Module, args: tuple, kwargs: dict) -> list[torch.Tensor]:
         torch.manual_seed(0)
         roots = backward_roots(module(*args, **kwargs))
         torch.autograd.backward(roots, [torch.linspace(0.5, 1.5, r.numel()).view(r.shape).to(r) for r in roots])
-    leaves = [t for t in (*module.parameters(), *pytree.tree_leaves((args, kwargs))) if isinstance(t, torch.Tensor)]
+    leaves = *module.parameters(), *tensors_in((args, kwargs))
     return [*(r.detach() for r in roots), *(t.grad for t in leaves if t.grad is not None)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import re
 from collections.abc import Iterator
@@ -92,6 +93,16 @@ def is_view(node: fx.Node, infos: tuple[StorageInfo, ...]) -> bool:
     if node.op != "call_function" or "fxmem_writes" in node.meta or "fxmem_offers" in node.meta:
         return False
     return bool(node.meta["fxmem_storages"]) and all(infos[s].node is not node for s in node.meta["fxmem_storages"])
+
+
+def storages_read(node: fx.Node) -> list[int]:
+    """The storages of what a node reads, one after the other."""
+    return [s for n in node.all_input_nodes for s in n.meta["fxmem_storages"]]
+
+
+def result_of(node: fx.Node, index: int) -> fx.Node | None:
+    """The node that takes one of an operator's results out of its tuple; None where nobody wants it."""
+    return next((u for u in node.users if u.target is operator.getitem and u.args[1] == index), None)
 
 
 def readers(node: fx.Node) -> Iterator[fx.Node]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx
 
-from .graph_meta import StorageInfo, is_backward, is_view, line_of, module_of, require
+from .graph_meta import StorageInfo, is_backward, is_view, line_of, module_of, require, storages_read
 from .problem import Operator, Problem, Storage
 from .torch_internals import OpOverload
 
@@ -139,7 +139,7 @@ def _returned(graph_module: fx.GraphModule, kinds: tuple[str, ...]) -> list[int]
 def _operator(node: fx.Node, infos: tuple[StorageInfo, ...], written: set[int], returned: set[int]) -> Operator:
     stands_in = "fxmem_stands_for" in node.meta
     outputs = tuple(s for s in node.meta["fxmem_storages"] if stands_in or infos[s].node is node)
-    inputs = tuple(dict.fromkeys(s for n in node.all_input_nodes for s in n.meta["fxmem_storages"]))
+    inputs = tuple(dict.fromkeys(storages_read(node)))
     going_back_bytes = rng_state_bytes(node) if draws_random_numbers(node) else 0  # to the generator's state after a repeat
     return Operator(
         name=node.name,
@@ -167,7 +167,7 @@ def _recomputable(node: fx.Node, written: set[int]) -> bool:
         if node.args[1] is None and node.args[2] is None and node.meta["val"][1].dtype != node.args[0].meta["val"].dtype:
             return False  # without the running statistics, nothing tells the repeat to sum up in their type
         return all("fxmem_writes" in u.meta or u.op == "output" for item in moved for u in item.users)
-    return written.isdisjoint(s for n in node.all_input_nodes for s in n.meta["fxmem_storages"])  # through views, too
+    return written.isdisjoint(storages_read(node))  # through views, too
 
 
 def _inplace_pairs(

@@ -20,7 +20,7 @@ from torch import nn
 
 from .codegen.calls import check_is_tuple
 from .errors import MeasureError
-from .torch_internals import cpu_memory_events, pytree, storage_key
+from .torch_internals import cpu_memory_events, pytree, storage_key, tensors_in
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def _check_counts(repeats: int, warmup: int) -> None:
 
 def attached_outputs(outputs: Any) -> list[torch.Tensor]:
     """The outputs that require grad, in order."""
-    return [t for t in pytree.tree_leaves(outputs) if isinstance(t, torch.Tensor) and t.requires_grad]
+    return [t for t in tensors_in(outputs) if t.requires_grad]
 
 
 def backward_roots(outputs: Any) -> list[torch.Tensor]:
@@ -138,7 +138,7 @@ class _Step:
         check_is_tuple(args, MeasureError)
         self.module = module
         self.args, self.kwargs = _own_leaves((args, kwargs))
-        self.inputs = [t for t in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(t, torch.Tensor)]
+        self.inputs = tensors_in((self.args, self.kwargs))
         self.device = _one_device([*module.parameters(), *module.buffers(), *self.inputs])
         self.roots_of = backward_roots if output_gradients is None else attached_outputs
         self.gradients = self._ones() if output_gradients is None else list(output_gradients)

@@ -84,9 +84,8 @@ class Prepared:
         order = better_order(self.lowered)
         return order and replace(self, lowered=_lowered(self.captured, self.origin, order), order=order)
 
-    @cached_property
-    def joint(self) -> fx.GraphModule:
-        """The joint graph, which from then on is in the order of this program."""
+    def reordered_joint(self) -> fx.GraphModule:
+        """The joint graph, which other programs may share: from then on it is in the order of this one."""
         if self.order:
             for graph_pass in (Reorder(self.order), Liveness(), MarkRegions()):
                 graph_pass(self.captured.joint)

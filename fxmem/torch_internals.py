@@ -5,7 +5,7 @@ dynamo_graph        one torch-level graph of any nn.Module            torch._dyn
 COMPILE_ERRORS      what code generation raises, not a kernel's run    torch._dynamo.exc
 attribute_at        what a path names that a guard of Dynamo's holds  torch._dynamo.guards
 what the joint graph's placeholders and outputs mean                  torch._functorch._aot_autograd.descriptors
-pytree                                                                torch.utils._pytree
+pytree, tensors_in                                                    torch.utils._pytree
 OpOverload          what an operator of the dispatcher is             torch._ops
 OpOverloadPacket    all overloads of one name                         torch._ops
 out_overload        which operators write where they are told         torch._C, the dispatcher's tables
@@ -369,6 +369,11 @@ def output_role(desc: Any) -> tuple[str, Any] | None:
         case descriptors.GradAOTOutput(grad_of=source):
             return "gradient", input_role(source)
     return None
+
+
+def tensors_in(tree: Any) -> list[torch.Tensor]:
+    """The tensors among a pytree's leaves."""
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
 def storage_key(tensor: torch.Tensor) -> int:

@@ -32,7 +32,7 @@ def anywhere(monkeypatch):
 
 def places(module: nn.Module, x: torch.Tensor) -> int:
     """Operators by which the implementation stands in, once it is forced."""
-    graph = prepare(module, (x,), {}, "V100", implementations=(NAME,), exactness="accurate", everywhere=True).programs[0].joint
+    graph = prepare(module, (x,), {}, "V100", implementations=(NAME,), exactness="accurate", everywhere=True).captured.joint
     return sum(n.meta.get("fxmem_implementation") == NAME for n in graph.graph.nodes)
 
 

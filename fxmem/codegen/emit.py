@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import torch
 from torch import fx
 
-from ..graph_meta import is_view
+from ..graph_meta import is_view, result_of
 from ..inplace import INPLACE_FORMS
 from ..lowering import BATCH_NORM, Lowered, draws_random_numbers, node_device
 from ..schedule import Schedule, Timeline, forward_length
@@ -151,7 +151,7 @@ class _Emitter:
 
     def _variant(self, step: int, index: int, node: fx.Node, arguments: tuple) -> None:
         """A dropout from its kept mask."""
-        result, mask = (next(u for u in node.users if u.args[1] == i) for i in (0, 1))
+        result, mask = (result_of(node, i) for i in (0, 1))
         made = self._call(
             dropout_apply, (arguments[0], self._resolve(mask), 1 / (1 - node.args[1])), {}, f"{result.name}_recomputed"
         )

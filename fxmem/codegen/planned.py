@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..errors import CaptureError, FxmemError
 from ..graph_meta import clean_path
-from ..torch_internals import attribute_at, is_being_traced, pytree, spec_from_data, spec_to_data
+from ..torch_internals import attribute_at, is_being_traced, pytree, spec_from_data, spec_to_data, tensors_in
 from .calls import Call, canonical_call
 from .runtime import Region
 from .serialize import graph_from_data, graph_to_data
@@ -190,8 +190,7 @@ class PlannedModule(fx.GraphModule):
     def _needs_gradients(self, args: tuple, kwargs: dict) -> bool:
         if not torch.is_grad_enabled():
             return False
-        inputs = (leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor))
-        return any(t.requires_grad for t in (*self._source.parameters(), *inputs))
+        return any(t.requires_grad for t in (*self._source.parameters(), *tensors_in((args, kwargs))))
 
     def _plain(self) -> nn.Module:
         """The source, with this module's hooks."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -10,7 +9,7 @@ import torch
 from torch import fx
 
 from ..errors import CostError
-from ..torch_internals import OpOverload, is_view_operator, pytree, storage_key
+from ..torch_internals import OpOverload, is_view_operator, storage_key, tensors_in
 
 
 @dataclass(frozen=True)
@@ -45,11 +44,11 @@ class OpCall:
 
     @property
     def inputs(self) -> list[torch.Tensor]:
-        return list(_tensors((self.args, self.kwargs)))
+        return tensors_in((self.args, self.kwargs))
 
     @property
     def outputs(self) -> list[torch.Tensor]:
-        return list(_tensors(self.out))
+        return tensors_in(self.out)
 
     @property
     def new_output_bytes(self) -> int:
@@ -88,10 +87,6 @@ def call_of(node: fx.Node) -> OpCall:
 
     args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), value)
     return OpCall(node.target, tuple(args), dict(kwargs), value(node))
-
-
-def _tensors(tree: Any) -> Iterator[torch.Tensor]:
-    return (leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor))
 
 
 @runtime_checkable

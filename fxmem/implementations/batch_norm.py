@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from ..cost.base import OpCall
+from ..graph_meta import result_of
 from ..layouts import in_usual_format
 from .base import Call, Choice, register_implementation
 from .operators import define
@@ -23,7 +24,7 @@ def batch_norm_statistics(node: fx.Node) -> Choice | None:
     forward = mean.args[0] if isinstance(mean, fx.Node) and mean.target is operator.getitem else None
     if forward is None or forward.target not in FORWARDS or not node.args[7] or x.meta["val"].device.type != "cpu":
         return None
-    item = next((u for u in forward.users if u.target is operator.getitem and u.args[1] == 0), None)
+    item = result_of(forward, 0)
     if item is None or mean.meta["val"].dtype not in (torch.float32, torch.float64):
         return None  # in lower precision the kernel's own statistics are not those that it hands out
     if not in_usual_format(x.meta["val"]):

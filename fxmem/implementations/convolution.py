@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import operator
-
 import torch
 from torch import fx
 
 from ..fake_kernels import fake_mode_of
+from ..graph_meta import result_of
 from ..torch_internals import convolution_backends
 from .base import Call, Choice, register_implementation
 
@@ -19,7 +18,7 @@ SAME_KERNEL = {("Mkldnn", "MkldnnTranspose"), ("Cudnn", "CudnnTranspose")}
 @register_implementation("convolution_transposed", aten.convolution_backward.default)
 def convolution_transposed(node: fx.Node) -> Choice | None:
     """The transposed convolution of the output's gradient, without groups: the same kernel, from gradient and weight alone."""
-    item = next((u for u in node.users if u.target is operator.getitem and u.args[1] == 0), None)
+    item = result_of(node, 0)
     settings = transposed_of(node) if item is not None else None
     if settings is None:
         return None

@@ -9,7 +9,6 @@ decides in which order it adds up: last bits may differ.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator
 from itertools import pairwise
 
@@ -19,6 +18,7 @@ from torch import fx
 from ..cost.base import OpCall
 from ..cost.roofline import PARTS
 from ..cost.workspace import workspace_bytes
+from ..graph_meta import result_of
 from ..torch_internals import suggested_format
 from .base import Call, Choice, Rewrite, register_implementation
 from .convolution import INPUT_ALONE, transposed_of
@@ -59,7 +59,7 @@ def _of_parts(node: fx.Node) -> Choice | None:
 def _apart(node: fx.Node) -> Rewrite | None:
     """The gradients of what the input is joined of, each by a convolution of its own; always, as it takes no more time."""
     gradient, weight = node.args[0], node.args[2]
-    whole = next((u for u in node.users if u.target is operator.getitem and u.args[1] == 0), None)
+    whole = result_of(node, 0)
     cuts = list(whole.users) if whole is not None and whole.meta["val"].nbytes >= LEAST_BYTES else []
     places = [_channels(cut) for cut in cuts]
     if not cuts or None in places or max(weight.meta["val"].shape[2:]) < 2:

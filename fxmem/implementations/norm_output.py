@@ -14,6 +14,7 @@ from torch import fx
 
 from ..cost.base import OpCall
 from ..cost.workspace import workspace_bytes
+from ..graph_meta import result_of
 from .base import Call, Choice, register_implementation
 from .operators import alike, define
 
@@ -45,10 +46,10 @@ def _from_output(node: fx.Node, rstd: fx.Node, affine: slice, target, *args) -> 
     """`target` of the gradient, the norm's output and its inverse deviation. affine: where the forward has weight and bias; the
     backward does not know of a bias."""
     forward = rstd.args[0] if isinstance(rstd, fx.Node) and rstd.target is operator.getitem else None
-    item = next((u for u in node.users if u.target is operator.getitem and u.args[1] == 0), None)
+    item = result_of(node, 0)
     if forward is None or item is None or any(a is not None for a in forward.args[affine]):
         return None
-    result = next((u for u in forward.users if u.target is operator.getitem and u.args[1] == 0), None)
+    result = result_of(forward, 0)
     if result is None or not alike(*(n.meta["val"] for n in (node.args[0], result, item))) or not result.meta["val"].numel():
         return None
     return Choice(backward=Call(target, (node.args[0], result, rstd, *args)), result=item)

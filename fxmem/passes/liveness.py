@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from ..graph_meta import require
+from ..graph_meta import require, storages_read
 from .base import Pass
 
 
@@ -19,7 +19,7 @@ class Liveness(Pass):
         require(graph_module, "fxmem_storages", "ShapeProp")
         infos = graph_module.meta["fxmem_storages"]
         nodes = [n for n in graph_module.graph.nodes if n.op != "output"]
-        kept = {s for n in graph_module.graph.output_node().all_input_nodes for s in n.meta["fxmem_storages"]}
+        kept = set(storages_read(graph_module.graph.output_node()))
         kept |= {s for s, info in enumerate(infos) if info.is_input}
         last_use = {}
         for node in nodes:

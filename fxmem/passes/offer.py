@@ -12,7 +12,7 @@ from torch import fx
 from ..errors import ImplementationError
 from ..graph_meta import StorageInfo, is_backward, require, rounded, source_of
 from ..implementations import CODE, Call, Choice, Implementation, Rewrite, choose_implementations
-from ..torch_internals import pytree
+from ..torch_internals import pytree, tensors_in
 from .base import Pass, fake_result, layouts, told
 
 
@@ -157,8 +157,7 @@ class _Offers:
 
 def _result(node: fx.Node) -> str:
     """What a node makes: "float32[8, 64] with strides (64, 1)"."""
-    made = (t for t in pytree.tree_leaves(node.meta["val"]) if isinstance(t, torch.Tensor))
-    return ", ".join(told(t, strides=True) for t in made) or "no tensor"
+    return ", ".join(told(t, strides=True) for t in tensors_in(node.meta["val"])) or "no tensor"
 
 
 def _nodes(call: Call) -> list[fx.Node]:

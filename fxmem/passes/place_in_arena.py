@@ -16,7 +16,7 @@ from ..lowering import Lowered, node_device
 from ..memory import ArenaPlan, Buffer, Place, buffers_of, plan_arena
 from ..outforms import OutForm, out_form
 from ..schedule import Schedule
-from ..torch_internals import pytree
+from ..torch_internals import tensors_in
 from .base import Pass
 
 ALIGNMENT_BYTES = {"cpu": 64, "cuda": 512}  # as the allocators'
@@ -71,7 +71,7 @@ class _Writer:
 
     @classmethod
     def of(cls, node: fx.Node, made: frozenset[int], device_type: str) -> _Writer:
-        values = [v for v in pytree.tree_leaves(node.meta["val"]) if isinstance(v, torch.Tensor)]
+        values = tensors_in(node.meta["val"])
         results = tuple(zip(node.meta["fxmem_storages"], values, strict=False))
         form = None if "fxmem_inplace_over" in node.meta else out_form(node.target, node.args, node.kwargs, device_type)
         if node.target is replay:

@@ -6,7 +6,7 @@ import re
 
 from torch import fx
 
-from ..graph_meta import StorageInfo, is_backward, is_view, module_of, require
+from ..graph_meta import StorageInfo, is_backward, is_view, module_of, require, storages_read
 from .base import Pass
 
 LARGEST_SHARE = 1 / 6  # a module with a larger share of the forward operators is cut at its children
@@ -43,18 +43,14 @@ class MarkRegions(Pass):
 def _mark_offers(offers: list[fx.Node], infos: tuple[StorageInfo, ...]) -> None:
     """What stands beside the program is of the region of the operator that it stands for, or whose results it encodes."""
     for node in offers:
-        shown = node.meta["fxmem_storages"] if "fxmem_stands_for" in node.meta else _read(node)
+        shown = node.meta["fxmem_storages"] if "fxmem_stands_for" in node.meta else storages_read(node)
         makers = [infos[s].node for s in shown if infos[s].node.op == "call_function"]
         if makers:
             node.meta["fxmem_region"] = makers[0].meta["fxmem_region"]
 
 
-def _read(node: fx.Node) -> list[int]:
-    return [s for n in node.all_input_nodes for s in n.meta["fxmem_storages"]]
-
-
 def _reads_an_argument(node: fx.Node, infos: tuple[StorageInfo, ...]) -> bool:
-    return any(infos[s].node.op == "placeholder" for s in _read(node))
+    return any(infos[s].node.op == "placeholder" for s in storages_read(node))
 
 
 def _groups(paths: list[str], first_read: int) -> list[tuple[int, int]]:

@@ -12,7 +12,7 @@ from itertools import pairwise
 
 from torch import fx
 
-from ..graph_meta import require
+from ..graph_meta import require, storages_read
 from ..lowering import Lowered, draws_random_numbers, lower
 from ..order import Order, candidates, reordered, trace_order
 from ..schedule import plain_schedule, simulate
@@ -79,7 +79,7 @@ def order_constraints(lowered: Lowered) -> tuple[tuple[int, int], ...]:
 
 
 def _around_writes(nodes: dict[int, fx.Node]) -> Iterator[tuple[int, int]]:
-    shown = {p: {s for n in node.all_input_nodes for s in n.meta["fxmem_storages"]} for p, node in nodes.items()}
+    shown = {p: set(storages_read(node)) for p, node in nodes.items()}
     for write, node in nodes.items():
         if "fxmem_writes" in node.meta:
             written = node.args[0].meta["fxmem_storages"]

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import operator
-
 import torch
 from torch import fx
 
 from ..codegen.operators import SCATTERS
 from ..errors import CaptureError
+from ..graph_meta import result_of
 from ..lowering import BATCH_NORM
 from .base import Pass, made_like
 
@@ -59,7 +58,7 @@ def _write_between(graph: fx.Graph, buffers: set[fx.Node], position: dict[fx.Nod
     for node in graph.find_nodes(op="call_function", target=BATCH_NORM):
         for item in (3, 4):  # where it takes them, and where it hands them out
             buffer = node.args[item]
-            made = next((u for u in node.users if u.target is operator.getitem and u.args[1] == item), None)
+            made = result_of(node, item)
             later = [] if made is None else [u for u in made.users if u.target is BATCH_NORM and made in u.args[3:5]]
             if buffer in buffers and later:
                 _write(graph, buffer, made, position)
