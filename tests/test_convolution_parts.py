@@ -66,6 +66,13 @@ def test_gradients_apart_in_other_types(dtype):
     fxmem.check_implementation(NAME, Joins(lambda a, b: torch.cat([a, b], 1)).to(dtype), (images(dtype),))
 
 
+@pytest.mark.usefixtures("anywhere")
+def test_a_bias_alone():
+    module = Joins(lambda a, b: torch.cat([a, b], 1)).requires_grad_(False)
+    module.last.bias.requires_grad_()
+    assert places(module, images().detach()) == 0
+
+
 def test_a_small_gradient_is_not_made_apart():
     assert places(Joins(lambda a, b: torch.cat([a, b], 1)), images()) == 1
 

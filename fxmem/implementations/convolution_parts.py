@@ -38,7 +38,7 @@ def convolution_parts(node: fx.Node) -> Choice | Rewrite | None:
         return None
     if list(mask) == INPUT_ALONE:
         return _apart(node)
-    return None if mask[0] else _of_parts(node)
+    return _of_parts(node) if mask[1] and not mask[0] else None
 
 
 def _of_parts(node: fx.Node) -> Choice | None:
@@ -78,8 +78,9 @@ def _channels(cut: fx.Node) -> tuple[int, int] | None:
     if cut.target is not aten.slice.Tensor:
         return None
     whole, dim, begin, _, step = (*cut.args, *(None, 0, None, None, 1)[len(cut.args) :])
-    count = cut.meta["val"].shape[1]
-    return (begin or 0, (begin or 0) + count) if dim == 1 and step == 1 and count < whole.meta["val"].shape[1] else None
+    begin, count = begin or 0, cut.meta["val"].shape[1]
+    is_part = dim == 1 and step == 1 and begin >= 0 and count < whole.meta["val"].shape[1]
+    return (begin, begin + count) if is_part else None
 
 
 def _pieces(gradient, parts, weight, laid, bias_sizes, stride, padding, dilation, missing, with_bias) -> Iterator[tuple]:
