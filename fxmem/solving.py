@@ -73,18 +73,18 @@ def choose_program(
     """The best of several ways to write one step: which of `problems`, the plain one first, and the Solution of it.
 
     Each is solved, so that the answer is never worse than that of the plain one alone; but where nothing is to be recomputed,
-    or that costs less than another way of writing, the plain one is taken at once, and of several orders of the same operators
-    only those are solved whose least peaks or relaxations promise something beside the others'. For the least peak, the one
-    that can be the lowest comes first, and others only where they can be as low as it became. They share the time: what one
-    leaves is the next ones'. Extra times are over the plain one's step. starts: schedules to begin from, by problem.
+    the plain one is taken at once, and of several orders of the same operators only those are solved whose least peaks or
+    relaxations promise something beside the others'. The way of writing that promises most comes first, the lowest least peak
+    or the least extra time, and others only where they can be as good as what it became. They share the time: what one leaves
+    is the next ones'. Extra times are over the plain one's step. starts: schedules to begin from, by problem.
 
     Raises InfeasibleBudgetError where none of them fits.
     """
     found, errors, deadline, stopped = {}, [], time.monotonic() + time_limit_s, False
     slower = [_slower(problem, problems[0]) for problem in problems]
-    in_turn, floors = _in_turn(problems, slower, budget, plain_peak_bytes, deadline)
+    in_turn, promises = _in_turn(problems, slower, budget, plain_peak_bytes, deadline)
     for already, number in enumerate(in_turn):
-        if any(_is_settled(budget, s, slower[number], floors.get(number)) for s in found.values()):
+        if any(_is_settled(budget, s, promises[number]) for s in found.values()):
             continue
         left = len(in_turn) - already
         share_s = max((deadline - time.monotonic()) / left, time_limit_s / len(in_turn) / 2)  # even behind a slow one
@@ -113,18 +113,32 @@ def choose_program(
 
 def _in_turn(
     problems: Sequence[Problem], slower: Sequence[float], budget: Budget, plain_peak_bytes: int, deadline: float
-) -> tuple[list[int], dict[int, int]]:
-    """The programs to solve, one after the other, and, where the least peak is looked for, the least possible one of each. One
-    that takes more time than it may by itself is none of them, so that it has no share of the time either."""
+) -> tuple[list[int], dict[int, float]]:
+    """The programs to solve, one after the other, and what each promises at best: its least possible peak in bytes, where that
+    is looked for, else its least extra time over the plain one's step. One that takes more time than it may by itself is none
+    of them, so that it has no share of the time either. Orders of the same operators come as they are, side by side."""
     if budget.is_free:
-        return [0], {}
-    worth_solving = _worth_solving(problems, budget.resolve(plain_peak_bytes), deadline, budget.least)
+        return [0], {0: 0.0}
+    size_bytes = budget.resolve(plain_peak_bytes)
+    found = _worth_solving(problems, size_bytes, deadline, budget.least)
     if budget.max_overhead is not None:
-        worth_solving = [n for n in worth_solving if slower[n] <= budget.max_overhead]
-    if not budget.least:
-        return worth_solving, {}
-    floors = {n: least_possible_bytes(compile_problem(problems[n])) for n in worth_solving}
-    return sorted(worth_solving, key=floors.__getitem__), floors
+        found = [n for n in found if slower[n] <= budget.max_overhead]
+    if budget.least:
+        floors = {n: least_possible_bytes(compile_problem(problems[n])) for n in found}
+        return sorted(found, key=floors.__getitem__), floors
+    operators = {n: _operators(problems[n]) for n in found}
+    if size_bytes is None or all(operators[n] == operators[found[0]] for n in found):
+        return found, {n: slower[n] for n in found}
+    bounds = {n: _least_extra(problems[n], size_bytes, slower[n], deadline) for n in found}
+    least = {n: min(bounds[m] for m in found if operators[m] == operators[n]) for n in found}
+    return sorted(found, key=least.__getitem__), bounds
+
+
+def _least_extra(problem: Problem, budget_bytes: int, slower: float, deadline: float) -> float:
+    """The extra time over the plain one's step that no schedule of a program within a budget is below, as far as is known."""
+    _, bound_s = _promised(problem, budget_bytes, deadline, least=False)
+    own = bound_s / (problem.plain_time_s or 1.0) if bound_s is not None and math.isfinite(bound_s) else 0.0
+    return (1 + own) * (1 + slower) - 1
 
 
 def choose_frontier(problems: Sequence[Problem], points: int, time_limit_s: float) -> list[tuple[int, Solution]]:
@@ -151,12 +165,11 @@ def _slower(problem: Problem, plain: Problem) -> float:
     return max(0.0, problem.plain_time_s / (plain.plain_time_s or 1.0) - 1)
 
 
-def _is_settled(budget: Budget, known: Solution, slower: float, floor_bytes: int | None) -> bool:
-    """Whether no plan of a program can be better than what is known: it is so much slower than the plain one, or, where the
-    least peak is looked for, cannot be as low."""
-    if floor_bytes is not None:
-        return floor_bytes > known.timeline.peak_bytes * (1 + NEARLY)
-    return budget.max_overhead is None and known.timeline.overhead <= slower
+def _is_settled(budget: Budget, known: Solution, promised: float) -> bool:
+    """Whether no plan of a program can be better than what is known."""
+    if budget.least:
+        return promised > known.timeline.peak_bytes * (1 + NEARLY)
+    return budget.max_overhead is None and known.timeline.overhead <= promised
 
 
 def _worth_solving(

@@ -4,7 +4,7 @@ from dataclasses import replace
 from random import Random
 
 import pytest
-from helpers.problems import random_problem, two_gradients
+from helpers.problems import chain, random_problem, two_gradients
 
 from fxmem import solving
 from fxmem.budget import Budget
@@ -126,6 +126,17 @@ def test_the_least_peak_of_several_programs_is_not_bought_at_any_price(monkeypat
     """As of one: a thousandth above the least at any gain, two hundredths where that halves the extra time."""
     answers(monkeypatch, *found)
     assert choose_program((step_of(1.0, 100), step_of(0.5, 100)), Budget(least=True), 1030)[0] == number
+
+
+def test_the_program_that_promises_most_comes_first(monkeypatch):
+    """And the other one, no plan of which can be as good as what that became, is not solved at all."""
+    dear, slim = chain(8), chain(8, size_bytes=8, time_s=0.9)
+    peak_bytes = unsolved(slim).timeline.peak_bytes
+    for programs, number in (((dear, slim), 1), ((slim, dear), 0)):
+        answers(monkeypatch, (peak_bytes, 0.0))
+        assert choose_program(programs, Budget(size_bytes=peak_bytes), 1000)[0] == number
+    answers(monkeypatch, (peak_bytes, 0.9), (peak_bytes, 0.5))
+    assert choose_program((dear, slim), Budget(size_bytes=peak_bytes), 1000)[0] == 0
 
 
 def test_an_interrupt_before_another_program_has_a_plan(monkeypatch):
