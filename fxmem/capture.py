@@ -32,6 +32,8 @@ from .roles import assign_roles
 from .torch_internals import (
     Assignment,
     FakeTensor,
+    Read,
+    attribute_at,
     dynamo_graph,
     flatten_outputs,
     joint_graph,
@@ -44,6 +46,7 @@ from .torch_internals import (
 
 log = logging.getLogger(__name__)
 
+STATE = re.compile(r"\._(parameters|buffers)\['[^']*'\]$")  # how a path ends that leads to a registered tensor
 NO_INPUTS = (torch.dtype, torch.device, torch.layout, torch.memory_format, complex)
 
 # The same bytes with the same strides, under a tensor that neither tracing nor autograd takes for a view. Traced, never run.
@@ -63,9 +66,10 @@ class Capture:
     differentiated: indices of the output leaves that get a gradient in the planned step.
     attached: indices of all output leaves that autograd would connect to the parameters or inputs.
     constants: tensors that the graph reads but no parameter or buffer names, by the name that their role carries.
-    attributes: of those that are attributes of the module, or stand in a list or dict of it, the path (see `attribute_at`).
+    attributes: paths (see `attribute_at`) of tensors that are attributes of the module or hang on it, and are no parameters or
+        buffers: the constant that each of them is, or None where it is another name for a parameter or buffer.
     fixed_outputs: output leaves that are no tensors, by their index.
-    read: paths of the module's attributes that the graph holds as constants (none of a GraphModule that was taken as it is).
+    read: which of the module's attributes the graph has read (none of a GraphModule that was taken as it is).
     torch_level, call: the torch-level graph that was traced, and the (args, kwargs) of fake tensors that it was called with.
     """
 
@@ -74,9 +78,9 @@ class Capture:
     differentiated: tuple[int, ...]
     attached: tuple[int, ...]
     constants: Mapping[str, torch.Tensor]
-    attributes: Mapping[str, str]
+    attributes: Mapping[str, str | None]
     fixed_outputs: Mapping[int, Any]
-    read: tuple[str, ...]
+    read: Read
     torch_level: fx.GraphModule
     call: tuple[tuple, dict[str, Any]]
 
@@ -109,7 +113,7 @@ def capture(
         structure = flatten_outputs(graph_module)
         joint, out_spec = _aot(graph_module, args, kwargs)
     constants, fixed_outputs = assign_roles(joint, graph_module, names, input_names, differentiated)
-    known = constants, _attributes(module, constants), fixed_outputs
+    known = constants, _attributes(module, read, constants), fixed_outputs
     torch_level = graph_module, (args, kwargs)
     return Capture(joint, structure or out_spec, differentiated, attached, *known, read, *torch_level)
 
@@ -240,17 +244,12 @@ def _names(module: nn.Module) -> dict[int, str]:
     return {id(t): name for name, t in (*module.named_buffers(), *module.named_parameters())}
 
 
-def _attributes(module: nn.Module, constants: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """Paths from the module of the constants that hang on it."""
-    paths: dict[int, str] = {}
-    for name, submodule in module.named_modules():
-        prefix = "".join(f"._modules['{step}']" for step in name.split(".") if step)
-        for attribute, value in vars(submodule).items():
-            items = enumerate(value) if isinstance(value, list | tuple) else value.items() if isinstance(value, dict) else ()
-            for key, held in ((None, value), *items):
-                if isinstance(held, torch.Tensor) and attribute not in ("_parameters", "_buffers"):
-                    paths.setdefault(id(held), f"{prefix}.{attribute}" + ("" if key is None else f"[{key!r}]"))
-    return {name: paths[id(constant)] for name, constant in constants.items() if id(constant) in paths}
+def _attributes(module: nn.Module, read: Read, constants: Mapping[str, torch.Tensor]) -> dict[str, str | None]:
+    """The tensors that a graph has read of attributes that are no parameters or buffers, by their paths: names of constants,
+    or None, where the attribute is another name for a parameter or buffer."""
+    names = {id(tensor): name for name, tensor in constants.items()}
+    own = [path for path in read.tensors if not STATE.search(path)]
+    return {path: names.get(id(attribute_at(module, path))) for path in own}
 
 
 def _input_names(module: nn.Module, args: tuple, kwargs: dict) -> list[str]:
@@ -265,9 +264,8 @@ def _input_names(module: nn.Module, args: tuple, kwargs: dict) -> list[str]:
     ]
 
 
-def _torch_level(module: nn.Module, args: tuple, kwargs: dict) -> tuple[fx.GraphModule, tuple[str, ...], tuple, dict]:
-    """One torch-level GraphModule to trace, ours to change, which attributes it holds as constants, and the arguments to call
-    it with."""
+def _torch_level(module: nn.Module, args: tuple, kwargs: dict) -> tuple[fx.GraphModule, Read, tuple, dict]:
+    """One torch-level GraphModule to trace, ours to change, which attributes it has read, and the arguments to call it with."""
     if isinstance(module, fx.GraphModule):
         _check_recurrent(module)
         copied, hooked = _by_first_names(module), _has_hooks(module)
@@ -275,8 +273,8 @@ def _torch_level(module: nn.Module, args: tuple, kwargs: dict) -> tuple[fx.Graph
             if kwargs and type(module.graph._codegen) is fx.graph.CodeGen:
                 bound = inspect.signature(module.forward).bind(*args, **kwargs)
                 bound.apply_defaults()
-                return copied, (), bound.args, {}
-            return copied, (), args, kwargs
+                return copied, Read(), bound.args, {}
+            return copied, Read(), args, kwargs
         module = module if hooked else copied  # without an exporter's own check of its inputs
     with refusing(type(module).__name__):
         traced, assignments, read = dynamo_graph(module, args, kwargs)

@@ -31,7 +31,7 @@ class InplaceForm:
 INPLACE_FORMS: dict[Any, InplaceForm] = {
     aten.add.Tensor: InplaceForm(aten.add_.Tensor, commutes=True),
     aten.mul.Tensor: InplaceForm(aten.mul_.Tensor, commutes=True),
-    aten.mul.Scalar: InplaceForm(aten.mul_.Scalar),
+    aten.mul.Scalar: InplaceForm(aten.mul_.Tensor),  # `mul_.Scalar` rounds otherwise in low precision
     aten.div.Tensor: InplaceForm(aten.div_.Tensor),
     aten.div.Scalar: InplaceForm(aten.div_.Scalar),
     aten.sub.Tensor: InplaceForm(aten.sub_.Tensor),

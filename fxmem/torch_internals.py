@@ -77,8 +77,13 @@ ENTER_AUTOCAST, EXIT_AUTOCAST = autocast_mode._enter_autocast, autocast_mode._ex
 COMPILE_ERRORS = (dynamo_errors.TorchDynamoException, dynamo_errors.FailOnRecompileLimitHit)
 
 
-STEP = re.compile(r"\.(\w+)|\['([^']*)'\]|\[(\d+)\]")  # of a path as Dynamo writes it: an attribute, a key or an index
+STEP = re.compile(r"\.(\w+)|\['([^'\\]*)'\]|\[(-?\d+)\]")  # of a path as Dynamo writes it: an attribute, a key or an index
 PATH = re.compile(f"(?:{STEP.pattern})+")
+# An attribute that an object has from its class.
+OF_CLASS = re.compile(
+    r"dict\(type\((.*)\)(?:\.__mro__\[\d+\])?\.__dict__\)\['(\w+)'\]"
+)  # an attribute that the object has from its class
+READS = {"CONSTANT_MATCH": "constants", "TENSOR_MATCH": "tensors", "DUPLICATE_INPUT": "tensors"}  # by Dynamo's guards
 
 
 @dataclass(frozen=True)
@@ -96,9 +101,18 @@ class Assignment:
     where: str
 
 
-def dynamo_graph(module: nn.Module, args: tuple, kwargs: dict) -> tuple[fx.GraphModule, list[Assignment], tuple[str, ...]]:
+@dataclass(frozen=True)
+class Read:
+    """Which attributes of a module a graph of it has read, as paths from it ("._modules['0'].scale", ".config.sizes[1]";
+    see `attribute_at`): numbers, texts and flags, which it holds as constants, and tensors, registered ones among them."""
+
+    constants: tuple[str, ...] = ()
+    tensors: tuple[str, ...] = ()
+
+
+def dynamo_graph(module: nn.Module, args: tuple, kwargs: dict) -> tuple[fx.GraphModule, list[Assignment], Read]:
     """One torch-level graph of `module` as Dynamo sees it (static shapes, no graph break allowed), what it leaves out, and
-    which of the module's attributes it holds as constants (see `attribute_at`)."""
+    which of the module's attributes it has read."""
     try:
         return _dynamo_graph(module, args, kwargs)
     except dynamo_errors.Unsupported as error:
@@ -110,32 +124,34 @@ def dynamo_graph(module: nn.Module, args: tuple, kwargs: dict) -> tuple[fx.Graph
             return _dynamo_graph(module, args, kwargs)
 
 
-def _dynamo_graph(module: nn.Module, args: tuple, kwargs: dict) -> tuple[fx.GraphModule, list[Assignment], tuple[str, ...]]:
+def _dynamo_graph(module: nn.Module, args: tuple, kwargs: dict) -> tuple[fx.GraphModule, list[Assignment], Read]:
     from torch._dynamo.functional_export import _dynamo_graph_capture_for_export
 
     _register_cache_outputs()
     found: dict[Assignment, None] = {}
-    read: dict[str, None] = {}
+    read: dict[str, set[str]] = {"constants": set(), "tensors": set()}
     codegen = SideEffects.codegen_update_mutated
 
     def spy(effects: SideEffects, *spy_args: Any, **spy_kwargs: Any) -> None:
         found.update(dict.fromkeys(_assignments(effects)))
-        read.update(dict.fromkeys(_constants_read(effects)))
+        for kind, path in _attributes_read(effects):
+            read[kind].add(path)
         codegen(effects, *spy_args, **spy_kwargs)
 
     config = dynamo_config.patch(automatic_dynamic_shapes=False, assume_static_by_default=True)
     with config, mock.patch.object(SideEffects, "codegen_update_mutated", spy):
-        return _dynamo_graph_capture_for_export(module)(*args, **kwargs), list(found), tuple(sorted(read))
+        graph_module = _dynamo_graph_capture_for_export(module)(*args, **kwargs)
+    return graph_module, list(found), Read(**{kind: tuple(sorted(paths)) for kind, paths in read.items()})
 
 
-def _constants_read(effects: SideEffects) -> Iterator[str]:
-    """The numbers, texts and flags, on the traced module and in what hangs on it, that Dynamo read and made constants of: as
-    paths from the module, "._modules['0'].scale" or ".config.sizes[1]"."""
+def _attributes_read(effects: SideEffects) -> Iterator[tuple[str, str]]:
+    """What Dynamo read on the traced module and in what hangs on it: (a field of `Read`, the path)."""
     graph = effects.output_graph_weakref()
     for guard in graph.guards if graph else ():
-        path = guard.name.removeprefix("L['self']._modules['_export_root']")
-        if guard.create_fn_name() == "CONSTANT_MATCH" and path != guard.name and PATH.fullmatch(path):
-            yield path
+        name = OF_CLASS.sub(r"\1.\2", guard.name)
+        path = name.removeprefix("L['self']._modules['_export_root']")
+        if guard.create_fn_name() in READS and path != name and PATH.fullmatch(path):
+            yield READS[guard.create_fn_name()], path
 
 
 def attribute_at(module: nn.Module, path: str) -> Any:

@@ -191,6 +191,76 @@ def test_tensors_that_are_attributes_may_be_replaced():
     assert len(said) == 1 and "another 'weights'" in said[0]
 
 
+class Settings:
+    """What is no module."""
+
+
+def numbers(value):
+    return torch.full((8,), float(value))
+
+
+class Deep(nn.Module):
+    """Reads `where`, an expression of a tensor that hangs on it somewhere."""
+
+    of_class = numbers(2)
+
+    def __init__(self, where):
+        super().__init__()
+        self.layer, self.read = nn.Linear(8, 8), eval(f"lambda self: {where}")
+        self.one = self.other = numbers(3)
+        self.named, self.many = {"a": {-1: numbers(4)}}, (numbers(5), [numbers(6), self.layer.bias])
+        self.config = Settings()
+        self.config.scale = numbers(7)
+
+    def forward(self, x):
+        return self.layer(x) * self.read(self)
+
+
+@pytest.mark.parametrize(
+    ("where", "change", "planned_anew"),
+    [
+        ("self.named['a'][-1]", "self.named['a'][-1] = numbers(9)", False),
+        ("self.many[1][0]", "self.many = (0, [numbers(9)])", False),
+        ("self.config.scale", "self.config.scale = numbers(9)", False),
+        ("self.of_class", "self.of_class = numbers(9)", False),
+        ("self.one * self.other", "self.one = self.other = numbers(9)", False),
+        ("self.one * self.other", "self.one = numbers(9)", True),
+        ("self.one * self.other", "self.other = numbers(9)", True),
+        ("self.many[1][1]", "self.many[1][1] = numbers(9)", True),
+    ],
+)
+def test_tensors_may_be_replaced_wherever_they_hang(where, change, planned_anew):
+    plain, planned, args = pair(lambda: Deep(where), (torch.randn(4, 8),))
+    with messages() as said:
+        assert_same_steps(plain, planned, args, steps=1)
+        for module in (plain, planned):
+            exec(change, {"self": module, "numbers": numbers})
+        assert_same_steps(plain, planned, args, steps=1)
+    assert len(said) == planned_anew
+
+
+def test_a_tensor_under_a_key_that_no_path_names():
+    module = Deep("self.named['it\\'s']")
+    module.named["it's"] = numbers(3)
+    assert torch.equal(transform(module, args := (torch.randn(4, 8),))(*args), module(*args))
+
+
+class Literals(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.layer(x * torch.tensor([0.1, 0.2, 0.3, 0.4]))
+
+
+def test_literals_keep_their_type():
+    plain, planned, args = pair(Literals, (torch.randn(4, 4),))
+    for module in (plain, planned):
+        module.bfloat16().float()
+    assert_same_steps(plain, planned, args, steps=1)
+
+
 def test_attributes_that_the_model_does_not_read_plan_nothing():
     plain, planned, args = pair(Scaled, (torch.randn(4, 8),))
     planned.calls = 7

@@ -351,7 +351,7 @@ def _arguments(target, values, dtype) -> list:
         elif kind == "Tensor":
             given.append((torch.randn(values.shape) * 2).to(dtype))
         else:
-            given.append(argument.default_value if argument.has_default_value() else False if kind == "bool" else 0.5)
+            given.append(argument.default_value if argument.has_default_value() else False if kind == "bool" else 0.3)
     return given
 
 

@@ -40,7 +40,7 @@ def assemble(
     regions = [Region(part, i, len(parts), expected, attached, arenas[i]) for i, part in enumerate(parts)]
     chain = RegionChain(regions, captured.constants, captured.attributes, captured.out_spec)
     graph = _Outer(source, captured, args, kwargs).build([part.spec for part in parts])
-    call = Call.of(source, args, kwargs, (*captured.read, *captured.attributes.values()))
+    call = Call.of(source, args, kwargs, (*captured.read.constants, *captured.attributes))
     return PlannedModule(source, graph, chain, plan, call, replan, infer)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ class Call:
         the settings of PyTorch's own layers (a dropout's probability, a batch norm's momentum), and shapes of parameters and
         buffers.
     autocast: where it is in force, and its dtype.
-    read: (path, value) of the other attributes that the captured graph holds as constants.
+    read: (path, what stands there) of the other attributes that the captured graph has read.
     """
 
     key: tuple
@@ -32,13 +32,18 @@ class Call:
 
     @staticmethod
     def of(module: nn.Module, args: tuple, kwargs: Mapping[str, Any], paths: Iterable[str] = ()) -> Call:
+        """A call of a module that a plan is to be made for. paths: of the attributes that its graph has read."""
+        return Call._of(module, args, kwargs, _other_names(module, paths))
+
+    @staticmethod
+    def _of(module: nn.Module, args: tuple, kwargs: Mapping[str, Any], paths: Iterable[tuple[str, str | None]]) -> Call:
         leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
         settings = tuple(_settings(m) for m in module.modules())
         state = tuple(_leaf_key(t) for t in (*module.parameters(), *module.buffers()))
         key = (repr(spec), tuple(_leaf_key(leaf) for leaf in leaves), settings, state)
         kinds = (k for k in ("cpu", "cuda") if torch.is_autocast_enabled(k))
         autocast = tuple((k, torch.get_autocast_dtype(k)) for k in kinds)
-        return Call(key, autocast, tuple((path, _leaf_key(attribute_at(module, path))) for path in paths))
+        return Call(key, autocast, tuple(_read(module, paths)))
 
     def serves(self, other: Call) -> bool:
         """Whether a plan for this call is one for another. One that was made under autocast runs so anywhere."""
@@ -46,7 +51,25 @@ class Call:
 
     def again(self, module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Call:
         """Another call, as far as this one's plan depends on it."""
-        return Call.of(module, args, kwargs, (path for path, _ in self.read))
+        return Call._of(module, args, kwargs, ((path, other) for path, (_, other) in self.read))
+
+
+def _other_names(module: nn.Module, paths: Iterable[str]) -> list[tuple[str, str | None]]:
+    """Each path, and another one by which the module holds the same tensor: of two, the first is the second one's."""
+    values = [(path, attribute_at(module, path)) for path in paths]
+    tensors = [(path, value) for path, value in values if isinstance(value, torch.Tensor)]
+    state = (*module.named_parameters(), *module.named_buffers()) if tensors else ()
+    first: dict[int, str] = {}
+    for path, tensor in (*((f".{name}", tensor) for name, tensor in state), *tensors):
+        first.setdefault(id(tensor), path)
+    return [(path, other if (other := first.get(id(value))) != path else None) for path, value in values]
+
+
+def _read(module: nn.Module, paths: Iterable[tuple[str, str | None]]) -> Iterator[tuple[str, Any]]:
+    """What stands at each path; of tensors not their values, but whether they still are the same as at the other path."""
+    for path, other in paths:
+        value = attribute_at(module, path)
+        yield path, (_leaf_key(value), other if other is None or attribute_at(module, other) is value else "another tensor")
 
 
 def _leaf_key(leaf: Any) -> Any:

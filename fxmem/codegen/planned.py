@@ -32,12 +32,16 @@ HOOKS += ("_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_ho
 class RegionChain(nn.Module):
     """The regions of a planned module in forward order: by index, by name as attributes, or one after another.
 
-    constants: tensors that the graph reads beside parameters and buffers. attributes: of which of the source's attributes some
-    of them are (see `attribute_at`).
+    constants: tensors that the graph reads beside parameters and buffers. attributes: which of the source's attributes some of
+    them are, by their paths (see `Capture`).
     """
 
     def __init__(
-        self, regions: list[Region], constants: Mapping[str, torch.Tensor], attributes: Mapping[str, str], output_spec: Any
+        self,
+        regions: list[Region],
+        constants: Mapping[str, torch.Tensor],
+        attributes: Mapping[str, str | None],
+        output_spec: Any,
     ):
         super().__init__()
         self.attributes = dict(attributes)
@@ -49,8 +53,17 @@ class RegionChain(nn.Module):
 
     def follow(self, source: nn.Module) -> None:
         """Take the tensors that the source's attributes have become, where somebody has put others there."""
-        for name, path in self.attributes.items():
-            self._buffers[name] = attribute_at(source, path)
+        for path, name in self.attributes.items():
+            if name is not None:
+                self._buffers[name] = attribute_at(source, path)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> RegionChain:
+        """Move constants, but leave their types alone: `half()` changes none of what the user's code writes out."""
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, constant in before.items():
+            self._buffers[name] = constant.to(self._buffers[name].device)
+        return self
 
     def _regions(self) -> list[Region]:
         return [m for m in self.children() if isinstance(m, Region)]
