@@ -210,7 +210,7 @@ def plans(
     that cannot be met has its InfeasibleBudgetError in place of a Plan. time_limit_s: for each; an interrupt leaves none for
     the budgets that are still to be solved, where a plan that fits is known. Otherwise as for `plan`.
     """
-    if isinstance(budgets, str) or not isinstance(budgets, Iterable):
+    if isinstance(budgets, str) or not isinstance(budgets, Iterable) or not (budgets := tuple(budgets)):
         raise BudgetError(f"budgets={budgets!r} was given; give several, as in budgets=(0.7, 0.5)")
     if isinstance(costs, str) or not isinstance(costs, Iterable):
         raise CostError(f'costs={costs!r} was given; give several, as in costs=("P100", "H100")')

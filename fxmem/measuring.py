@@ -129,6 +129,19 @@ def backward_roots(outputs: Any) -> list[torch.Tensor]:
     return scalars or tensors
 
 
+def _checked_gradients(given: Any) -> list[torch.Tensor | None]:
+    """Output gradients as a list; MeasureError for anything else than some tensors."""
+    if not isinstance(given, Iterable) or isinstance(given, torch.Tensor | str):
+        raise MeasureError(
+            f"output_gradients is a {type(given).__name__}; give a tensor for each output that requires grad, as in (gradient,)"
+        )
+    gradients = list(given)
+    wrong = next((g for g in gradients if not (g is None or isinstance(g, torch.Tensor))), None)
+    if wrong is not None:
+        raise MeasureError(f"{wrong!r} is among the output gradients; give tensors, or None for a gradient of one")
+    return gradients
+
+
 class _Step:
     """A training step of one module on given inputs, that can be run again and again."""
 
@@ -141,7 +154,7 @@ class _Step:
         self.inputs = tensors_in((self.args, self.kwargs))
         self.device = _one_device([*module.parameters(), *module.buffers(), *self.inputs])
         self.roots_of = backward_roots if output_gradients is None else attached_outputs
-        self.gradients = self._ones() if output_gradients is None else list(output_gradients)
+        self.gradients = self._ones() if output_gradients is None else _checked_gradients(output_gradients)
 
     def _ones(self) -> list[torch.Tensor | None]:
         """Output gradients of ones, made before the step; None for a scalar, whose gradient of one is implied."""
@@ -180,6 +193,10 @@ class _Step:
                 f"{len(self.gradients)} output gradients were given for {len(roots)} outputs that require grad: give one for "
                 "each of these, in their order, or none at all"
             )
+        for root, gradient in zip(roots, self.gradients, strict=True):
+            if (gradient is None and root.dim()) or (gradient is not None and gradient.shape != root.shape):
+                found = "None" if gradient is None else str(tuple(gradient.shape))
+                raise MeasureError(f"an output gradient of shape {found} was given for an output of {tuple(root.shape)}")
         torch.autograd.backward(roots, self.gradients)
         return roots
 

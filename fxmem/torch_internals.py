@@ -15,6 +15,7 @@ cpu_memory_events   the CPU allocator's events, by the profiler       kineto_res
 TorchDispatchMode, and real tensors inside such modes (real_tensors)   torch.utils._python_dispatch
 storage_key, suggested_format, dense_strides, is_dense         torch._prims_common
 convolution_backend, convolution_backends   which kernels run a convolution                torch._C
+has_float16_convolutions                                              torch.ops.mkldnn
 spec_children, spec_to_data, spec_from_data, rename_node              torch.utils._pytree, torch.fx.Node
 without_saved_tensors_hooks   hooks on what autograd saves            torch._C._autograd
 owners              how many hold a tensor                            torch._C
@@ -500,6 +501,12 @@ def convolution_backends(x: Any, weight: Any, stride: Any, padding: Any, dilatio
     there, bias_sizes = convolution_backend(x, weight, stride, padding, dilation, groups), [weight.shape[1] * groups]
     back = torch._C._select_conv_backend(made, weight, None, stride, padding, dilation, True, missing, groups, bias_sizes)
     return there.name, "MkldnnTranspose" if back.name == "???" else back.name  # the one kernel that has no name in Python
+
+
+def has_float16_convolutions() -> bool:
+    """Whether oneDNN has kernels for float16 on this processor."""
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", None)
+    return supported is not None and supported()
 
 
 def convolution_backend(x: torch.Tensor, weight: torch.Tensor, stride: Any, padding: Any, dilation: Any, groups: int) -> Any:

@@ -371,7 +371,7 @@ def test_torchscript(make):
         transform(make(nn.Linear(8, 8)), X)
 
 
-@pytest.mark.parametrize(("options", "error"), [({"budgets": 0.5}, "budgets=0.5"), ({"budgets": "min"}, "budgets='min'"),
+@pytest.mark.parametrize(("options", "error"), [({"budgets": 0.5}, "budgets=0.5"), ({"budgets": ()}, r"budgets=\(\)"), ({"budgets": "min"}, "budgets='min'"),
                                                ({"budgets": (0.9,), "costs": "H100"}, "costs='H100'")])  # fmt: skip
 def test_one_budget_where_several_are_asked_for(options, error):
     with refused(module := TwoHeads(), fxmem.FxmemError, error, "several"):

@@ -160,6 +160,10 @@ def transposed(grad, x, weight, bias, stride, padding, dilation, _, *rest):
     return x, grad, weight, bias, stride, padding, dilation, True, *rest
 
 
+def half(*args):
+    return tuple(a.half() if isinstance(a, torch.Tensor) else a for a in args)
+
+
 PATCHES = conv_backward_args(16, channels=3, size=64, kernel=16)
 X, Y, V = rand(4, 32, 16, 16), rand(2, 64, 48), rand(32)
 Q = rand(2, 64, 3, 8).transpose(1, 2)
@@ -186,6 +190,20 @@ WORKSPACE_CASES = {
         aten.convolution_backward.default,
         (rand(2, 64, 257), rand(2, 64, 256), rand(64, 4, 128), [64], [1], [64], [1], False, [0], 16, [True, True, True]),
     ),
+    **{
+        f"{name}, padding {p}, dilation {d}": (
+            aten.convolution_backward.default,
+            (rand(2, 64, *[20 + 2 * p - 2 * d] * 2), rand(2, 32, 20, 20), rand(64, 32, 3, 3), [64], [1, 1], [p, p], [d, d])
+            + (False, [0, 0], 1, mask),
+        )
+        for p, d in ((12, 12), (24, 24), (12, 1))
+        for name, mask in (("gradient", [True, False, False]), ("weight's gradient", [False, True, True]))
+    },
+    "conv padded far": (aten.convolution.default, (*conv_args()[:4], [16, 16], [16, 16], *conv_args()[6:])),
+    "conv backward of a bias": (aten.convolution_backward.default, (*conv_backward_args()[:-1], [True, False, True])),
+    "conv float16": (aten.convolution.default, half(*conv_args())),
+    "conv backward float16": (aten.convolution_backward.default, half(*conv_backward_args())),
+    "unfold backward": (aten.unfold_backward.default, (rand(399, 8, 10), [2000, 8], 0, 10, 5)),
     "promotion": (aten.mul.Tensor, (X, X > 0.5)),
     "sum of bfloat16": (aten.sum.dim_IntList, (X.bfloat16(), [0, 2, 3])),
     "mean of bfloat16": (aten.mean.dim, (X.bfloat16(), [2, 3])),

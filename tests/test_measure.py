@@ -140,6 +140,17 @@ def test_a_failing_step_leaves_the_module_as_it_was():
         (lambda: measure(Chain(), {"x": torch.zeros(1024)}), "example_inputs is a dict; give keyword arguments"),
         (lambda: measure_pair(Chain(), Chain(), (torch.zeros(1024),), repeats=0), "at least one repeat"),
         (lambda: measure(Chain(), (torch.zeros(1024, device="meta"),)), "several devices \\(cpu, meta\\)"),
+        (
+            lambda: measure(Chain(), (torch.zeros(1024),), output_gradients=torch.ones(1024)),
+            "is a Tensor; give a tensor for each",
+        ),
+        (lambda: measure(Chain(), (torch.zeros(1024),), output_gradients="all"), "output_gradients is a str"),
+        (lambda: measure(Chain(), (torch.zeros(1024),), output_gradients=[1.0]), "1.0 is among the output gradients"),
+        (
+            lambda: measure(Chain(), (torch.zeros(1024),), output_gradients=[torch.ones(3)]),
+            "of shape \\(3,\\) .* of \\(1024,\\)",
+        ),
+        (lambda: measure(Chain(), (torch.zeros(1024),), output_gradients=[None]), "of shape None was given"),
         (lambda: measure(Chain(), (torch.zeros(1024),), output_gradients=[]), "0 output gradients were given for 1 output"),
     ],
 )

@@ -7,10 +7,12 @@ import math
 
 import torch
 
+from ..torch_internals import has_float16_convolutions
 from .base import OpCall
 from .copies import LOW_PRECISION, bytes_of, contiguous_copies, is_channels_last, on_cpu
 
 WIDEST_KERNEL = 14  # elements in a row up to which oneDNN has kernels for convolutions
+FARTHEST_PADDING = 10  # elements around an image up to which it has kernels for their backward
 UNFOLDED_BLOCK = 1 << 20  # bytes for each thread that the forward unfolds at once, at most
 CHANNEL_BLOCK = 16  # oneDNN's widest blocked layout (nChw16c) pads channels to a multiple of this
 
@@ -32,14 +34,31 @@ def _is_wide(x: torch.Tensor, w: torch.Tensor) -> bool:
     return x.dtype is torch.float32 and w.shape[-1] > WIDEST_KERNEL
 
 
+def _is_far_padded(x: torch.Tensor, padding: list[int]) -> bool:
+    """Whether a convolution may run as a matrix product for its padding, as in an atrous pyramid; which operators do depends on
+    dilation and sizes."""
+    return x.dtype is torch.float32 and max(padding) > FARTHEST_PADDING
+
+
+def _is_far_padded_backward(call: OpCall) -> bool:
+    """Whether the transposed convolution that leads back to the input has such a padding, or cuts more off than it has."""
+    missing = [(k - 1) * d - p for k, d, p in zip(call.args[2].shape[2:], call.args[6], call.args[5], strict=True)]
+    return max(missing) > FARTHEST_PADDING or min(missing) < 0
+
+
+def _is_half_without_kernels(x: torch.Tensor) -> bool:
+    """Whether oneDNN has no kernels for a type on this processor."""
+    return x.dtype is torch.float16 and not has_float16_convolutions()
+
+
 def _images_at_once(x: torch.Tensor) -> int:
     """One for each thread, as far as there are."""
     return min(torch.get_num_threads(), x.shape[0])
 
 
-def _unfolded(x: torch.Tensor, w: torch.Tensor, spatial: torch.Size) -> int:
+def _unfolded(x: torch.Tensor, w: torch.Tensor, spatial: torch.Size, padding: list[int]) -> int:
     """The unfolded input of one image and group, for as many images as run at once; 0 where there is no need of it."""
-    if not _is_wide(x, w):
+    if not _is_wide(x, w) and not _is_far_padded(x, padding):
         return 0
     return _images_at_once(x) * w.shape[1] * math.prod(w.shape[2:]) * math.prod(spatial) * x.element_size()
 
@@ -63,16 +82,18 @@ def convolution(call: OpCall) -> int:
     weight. cuDNN's implicit matrix products take nothing worth counting; measure, where it may pick other algorithms."""
     if not on_cpu(call):
         return contiguous_copies(call)
-    x, w, strides, transposed = call.args[0], call.args[1], call.args[3], call.args[6]
+    x, w, strides, padding, transposed = call.args[0], call.args[1], call.args[3], call.args[4], call.args[6]
     out = call.outputs[0]
     if x.dtype is torch.float64:
         return contiguous_copies(call) + _columns(x, w, x.shape[2:] if transposed else out.shape[2:])
+    if _is_half_without_kernels(x):
+        return contiguous_copies(call) + max(_columns(x, w, x.shape[2:] if transposed else out.shape[2:]), 2 * bytes_of(out))
     if is_channels_last(x):
         return (6 if transposed else 2) * _blocked(w, (0,))
     out_bytes = _blocked(out, (1,))
     computing = _reordered_input(x, w) + 2 * _blocked(w, (0,)) - bytes_of(w) + out_bytes - bytes_of(out)
     computing += _unit_stride_copy(x, w, strides, out.shape[2:])
-    unfolded = _unfolded(x, w, x.shape[2:] if transposed else out.shape[2:])
+    unfolded = _unfolded(x, w, x.shape[2:] if transposed else out.shape[2:], padding)
     computing += min(unfolded, torch.get_num_threads() * UNFOLDED_BLOCK)
     return contiguous_copies(call) + max(computing, (2 if transposed else 1) * out_bytes)
 
@@ -84,11 +105,15 @@ def convolution_backward(call: OpCall) -> int:
     cuDNN: one more copy of the weight's gradient."""
     if not on_cpu(call):
         return contiguous_copies(call) + bytes_of(call.args[2])
-    grad, x, w, _, strides = call.args[:5]
+    grad, x, w, _, strides, padding = call.args[:6]
+    of_weights = call.args[10][1] or call.args[10][2]  # a bias's alone, too, is made with the weight's
     if x.dtype is torch.float64:
         return contiguous_copies(call) + _columns(x, w, x.shape[2:] if call.args[7] else grad.shape[2:])
+    if _is_half_without_kernels(x):
+        columns = _columns(x, w, x.shape[2:] if call.args[7] else grad.shape[2:])
+        return contiguous_copies(call) + max(columns if call.args[10][1] else 0, 2 * bytes_of(grad)) + 2 * bytes_of(w)
     if _is_wide(x, w):
-        return contiguous_copies(call) + _wide_convolution_backward(call)
+        return contiguous_copies(call) + _product_backward(call)
     w_bytes, splits = _blocked(w, (0,)) * (4 // min(4, w.element_size())), _images_at_once(x) - 1
     partial = w_bytes * splits + (64 << 10) if bytes_of(grad) + bytes_of(x) > bytes_of(w) else 0
     if x.dtype in LOW_PRECISION:
@@ -102,18 +127,24 @@ def convolution_backward(call: OpCall) -> int:
     input_phase = max(grad_bytes + w_bytes, made_bytes) + made_bytes - call.new_output_bytes if call.args[10][0] else 0
     if call.args[10][0] and max(strides) > 1 and w.shape[1] > 1:
         input_phase = max(input_phase, 3 * made_bytes - call.new_output_bytes)
-    weight_phase = grad_bytes + x_bytes + partial + _unit_stride_copy(x, w, strides, grad.shape[2:]) if call.args[10][1] else 0
-    return contiguous_copies(call) + max(input_phase, weight_phase, w_bytes)
+    weight_phase = grad_bytes + x_bytes + partial + _unit_stride_copy(x, w, strides, grad.shape[2:]) if of_weights else 0
+    if not call.args[10][1]:
+        weight_phase += bytes_of(w) if of_weights else 0  # the gradient that nobody wants
+    product = _product_backward(call) if _is_far_padded(x, padding) else 0
+    return contiguous_copies(call) + max(input_phase, weight_phase, w_bytes, product)
 
 
-def _wide_convolution_backward(call: OpCall) -> int:
+def _product_backward(call: OpCall) -> int:
     """Gradients by matrix products: of the weight with four partial sums of it for each thread."""
     grad, x, w = call.args[:3]
     layouts, images = {is_channels_last(x), is_channels_last(w)}, _images_at_once(x)
-    unfolded = _unfolded(x, w, x.shape[2:] if call.args[7] else grad.shape[2:]) * (2 if is_channels_last(x) else 1)
-    weight_phase = unfolded + 4 * bytes_of(w) * images + (bytes_of(w) if len(layouts) > 1 else 0)
+    unfolded = _unfolded(x, w, x.shape[2:] if call.args[7] else grad.shape[2:], call.args[5])
+    unfolded *= 2 if is_channels_last(x) else 1
+    weight_phase = unfolded + 4 * bytes_of(w) * images + (bytes_of(w) if len(layouts) > 1 else 0) + 256
     input_phase = _blocked(w, (0, 1)) + 2 * bytes_of(grad) + bytes_of(x)
-    return max(input_phase if call.args[10][0] else 0, weight_phase if call.args[10][1] else 0)
+    if not _is_wide(x, w):
+        input_phase = unfolded + 256 if _is_far_padded_backward(call) else 0
+    return max(input_phase if call.args[10][0] else 0, weight_phase if call.args[10][1] or call.args[10][2] else 0)
 
 
 def _blocks_of_each_group(w: torch.Tensor, groups: int) -> int:

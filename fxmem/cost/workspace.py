@@ -199,6 +199,11 @@ def _grid_sampler_backward(call: OpCall) -> int:
     return 0 if gradient.is_contiguous() else bytes_of(gradient)
 
 
+def _unfold_backward(call: OpCall) -> int:
+    """The places along the dimension, as integers."""
+    return 8 * call.args[1][call.args[2]] if call.args[1] else 0
+
+
 def _dropout(call: OpCall) -> int:
     """The CPU draws the mask in the input's type before it converts it to bool."""
     return bytes_of(call.inputs[0]) if on_cpu(call) else 0
@@ -331,6 +336,7 @@ WORKSPACE: dict[object, Callable[[OpCall], int]] = {
     aten.binary_cross_entropy_with_logits: _loss_with_logits,
     aten.soft_margin_loss_backward: _twice,
     aten.im2col: _once_more,
+    aten.unfold_backward: _unfold_backward,
     aten.median: _once_more,
     aten.logsumexp: _logsumexp,
     aten.roll: _roll,
