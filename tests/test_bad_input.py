@@ -371,8 +371,15 @@ def test_torchscript(make):
         transform(make(nn.Linear(8, 8)), X)
 
 
-@pytest.mark.parametrize(("options", "error"), [({"budgets": 0.5}, "budgets=0.5"), ({"budgets": ()}, r"budgets=\(\)"), ({"budgets": "min"}, "budgets='min'"),
-                                               ({"budgets": (0.9,), "costs": "H100"}, "costs='H100'")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"budgets": 0.5}, "budgets=0.5"),
+        ({"budgets": "min"}, "budgets='min'"),
+        ({"budgets": ()}, "budgets=()"),
+        ({"budgets": (0.9,), "costs": "H100"}, "costs='H100'"),
+    ],
+)
 def test_one_budget_where_several_are_asked_for(options, error):
     with refused(module := TwoHeads(), fxmem.FxmemError, error, "several"):
         fxmem.plans(module, X, **options)
