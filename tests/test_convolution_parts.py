@@ -66,6 +66,21 @@ def test_gradients_apart_in_other_types(dtype):
     fxmem.check_implementation(NAME, Joins(lambda a, b: torch.cat([a, b], 1)).to(dtype), (images(dtype),))
 
 
+class ReadTwice(Joins):
+    """The backward reads the concatenation itself, too, which has to be there anyway."""
+
+    def forward(self, x):
+        whole = self.join(torch.tanh(self.one(x)), torch.tanh(self.two(x)))
+        return self.last(whole).sum() + whole.square().sum()
+
+
+def test_what_has_to_be_there_anyway():
+    def join(a, b):
+        return torch.cat([a, b], 1)
+
+    assert (places(Joins(join), images()), places(ReadTwice(join), images())) == (1, 0)
+
+
 @pytest.mark.usefixtures("anywhere")
 def test_a_bias_alone():
     module = Joins(lambda a, b: torch.cat([a, b], 1)).requires_grad_(False)

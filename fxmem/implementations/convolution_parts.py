@@ -18,7 +18,7 @@ from torch import fx
 from ..cost.base import OpCall
 from ..cost.roofline import PARTS
 from ..cost.workspace import workspace_bytes
-from ..graph_meta import result_of
+from ..graph_meta import is_backward, result_of
 from ..torch_internals import suggested_format
 from .base import Call, Choice, Rewrite, register_implementation
 from .convolution import INPUT_ALONE, transposed_of
@@ -44,7 +44,7 @@ def convolution_parts(node: fx.Node) -> Choice | Rewrite | None:
 def _of_parts(node: fx.Node) -> Choice | None:
     """The weight's gradient from what the input is joined of."""
     gradient, x, weight, bias_sizes, stride, padding, dilation, _, missing, _, mask = node.args
-    if x.target is not aten.cat.default or len(x.args[0]) < 2:
+    if x.target is not aten.cat.default or len(x.args[0]) < 2 or _is_read_again(x, node):
         return None
     parts, value = list(x.args[0]), x.meta["val"]
     joined = [n.meta["val"] for n in parts]
@@ -54,6 +54,16 @@ def _of_parts(node: fx.Node) -> Choice | None:
     return Choice(
         backward=Call(of_parts, (gradient, parts, weight, laid, bias_sizes, stride, padding, dilation, missing, mask[2]))
     )
+
+
+def _is_read_again(x: fx.Node, node: fx.Node) -> bool:
+    """Whether something else in the backward reads the values of a concatenation, so that it has to be there anyway; what makes
+    the gradient of a convolution's input asks for its shape alone."""
+    for user in x.users:
+        for_shape = user.target is BACKWARD and list(user.args[10]) == INPUT_ALONE
+        if is_backward(user) and user is not node and not for_shape:
+            return True
+    return False
 
 
 def _apart(node: fx.Node) -> Rewrite | None:

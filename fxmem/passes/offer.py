@@ -40,6 +40,7 @@ class OfferImplementations(Pass):
                     offers.add(implementation, node)
         graph_module.meta["fxmem_storages"] = tuple(offers.infos)
         graph_module.meta["fxmem_not_offered"] = offers.refused
+        graph_module.meta["fxmem_offers_everywhere"] = self.everywhere
         return offers.added
 
     def _is_for(self, implementation: Implementation, node: fx.Node) -> bool:
