@@ -6,8 +6,16 @@ import logging
 import pytest
 import torch
 
+from fxmem.solvers import minimum
+
 torch.set_num_threads(1)
 logging.getLogger("torch.__trace").addFilter(lambda record: False)
+
+
+@pytest.fixture
+def little_effort(monkeypatch):
+    """A least peak that is looked for a little, not for the ten seconds that a user is owed."""
+    monkeypatch.setattr(minimum, "LEAST_EFFORT_S", 2.0)
 
 
 @pytest.fixture(autouse=True, scope="module")

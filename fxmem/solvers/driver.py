@@ -22,7 +22,7 @@ from .base import (
     judge,
     plain_fits,
 )
-from .minimum import LEAST_EFFORT_S, smallest_schedule
+from .minimum import smallest_schedule
 from .stages import compile_problem
 from .state import least_possible_bytes
 
@@ -77,7 +77,7 @@ def solve_task(task: Task, solver: str = "auto") -> Solution:
     if found is None:
         met = (answer.smallest,) if answer.smallest else ()
         searched = met or not task.overtime
-        least = smallest_schedule(replace(task, starts=(*task.starts, *met)), 0.0 if searched else LEAST_EFFORT_S)
+        least = smallest_schedule(replace(task, starts=(*task.starts, *met)), 0.0 if searched else None)
         found = judge(task, [least.schedule])
         if found is None:
             raise _refusal(task, least)

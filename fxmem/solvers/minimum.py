@@ -21,12 +21,13 @@ PACKING_SHARE = 3  # of the time: where it does not get there, the walk from the
 LEAST_EFFORT_S = 10.0  # spent on it where the time limit has passed already: an error that names a peak should name a good one
 
 
-def smallest_schedule(task: Task, effort_s: float = LEAST_EFFORT_S) -> Answer:
+def smallest_schedule(task: Task, effort_s: float | None = None) -> Answer:
     """The schedule with the least peak that the search meets, whatever it costs; or one that is NEARLY as low as any can be, or
     within the task's budget.
 
-    effort_s: seconds to search at least, even behind the task's deadline.
+    effort_s: seconds to search at least, even behind the task's deadline; LEAST_EFFORT_S if not given.
     """
+    effort_s = LEAST_EFFORT_S if effort_s is None else effort_s
     compiled = compile_problem(task.problem)
     floor_bytes = least_possible_bytes(compiled)
     enough_bytes = max(task.budget_bytes, int(floor_bytes * (1 + NEARLY)))
