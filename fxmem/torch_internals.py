@@ -81,9 +81,7 @@ COMPILE_ERRORS = (dynamo_errors.TorchDynamoException, dynamo_errors.FailOnRecomp
 STEP = re.compile(r"\.(\w+)|\['([^'\\]*)'\]|\[(-?\d+)\]")  # of a path as Dynamo writes it: an attribute, a key or an index
 PATH = re.compile(f"(?:{STEP.pattern})+")
 # An attribute that an object has from its class.
-OF_CLASS = re.compile(
-    r"dict\(type\((.*)\)(?:\.__mro__\[\d+\])?\.__dict__\)\['(\w+)'\]"
-)  # an attribute that the object has from its class
+OF_CLASS = re.compile(r"dict\(type\((.*)\)(?:\.__mro__\[\d+\])?\.__dict__\)\['(\w+)'\]")
 READS = {"CONSTANT_MATCH": "constants", "TENSOR_MATCH": "tensors", "DUPLICATE_INPUT": "tensors"}  # by Dynamo's guards
 
 

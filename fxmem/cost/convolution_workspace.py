@@ -84,16 +84,17 @@ def convolution(call: OpCall) -> int:
         return contiguous_copies(call)
     x, w, strides, padding, transposed = call.args[0], call.args[1], call.args[3], call.args[4], call.args[6]
     out = call.outputs[0]
+    spatial = x.shape[2:] if transposed else out.shape[2:]
     if x.dtype is torch.float64:
-        return contiguous_copies(call) + _columns(x, w, x.shape[2:] if transposed else out.shape[2:])
+        return contiguous_copies(call) + _columns(x, w, spatial)
     if _is_half_without_kernels(x):
-        return contiguous_copies(call) + max(_columns(x, w, x.shape[2:] if transposed else out.shape[2:]), 2 * bytes_of(out))
+        return contiguous_copies(call) + max(_columns(x, w, spatial), 2 * bytes_of(out))
     if is_channels_last(x):
         return (6 if transposed else 2) * _blocked(w, (0,))
     out_bytes = _blocked(out, (1,))
     computing = _reordered_input(x, w) + 2 * _blocked(w, (0,)) - bytes_of(w) + out_bytes - bytes_of(out)
     computing += _unit_stride_copy(x, w, strides, out.shape[2:])
-    unfolded = _unfolded(x, w, x.shape[2:] if transposed else out.shape[2:], padding)
+    unfolded = _unfolded(x, w, spatial, padding)
     computing += min(unfolded, torch.get_num_threads() * UNFOLDED_BLOCK)
     return contiguous_copies(call) + max(computing, (2 if transposed else 1) * out_bytes)
 
@@ -106,11 +107,11 @@ def convolution_backward(call: OpCall) -> int:
     if not on_cpu(call):
         return contiguous_copies(call) + bytes_of(call.args[2])
     grad, x, w, _, strides, padding = call.args[:6]
-    of_weights = call.args[10][1] or call.args[10][2]  # a bias's alone, too, is made with the weight's
+    of_weights, spatial = _makes_the_weights(call), x.shape[2:] if call.args[7] else grad.shape[2:]
     if x.dtype is torch.float64:
-        return contiguous_copies(call) + _columns(x, w, x.shape[2:] if call.args[7] else grad.shape[2:])
+        return contiguous_copies(call) + _columns(x, w, spatial)
     if _is_half_without_kernels(x):
-        columns = _columns(x, w, x.shape[2:] if call.args[7] else grad.shape[2:])
+        columns = _columns(x, w, spatial)
         return contiguous_copies(call) + max(columns if call.args[10][1] else 0, 2 * bytes_of(grad)) + 2 * bytes_of(w)
     if _is_wide(x, w):
         return contiguous_copies(call) + _product_backward(call)
@@ -128,10 +129,15 @@ def convolution_backward(call: OpCall) -> int:
     if call.args[10][0] and max(strides) > 1 and w.shape[1] > 1:
         input_phase = max(input_phase, 3 * made_bytes - call.new_output_bytes)
     weight_phase = grad_bytes + x_bytes + partial + _unit_stride_copy(x, w, strides, grad.shape[2:]) if of_weights else 0
-    if not call.args[10][1]:
-        weight_phase += bytes_of(w) if of_weights else 0  # the gradient that nobody wants
+    if of_weights and not call.args[10][1]:
+        weight_phase += bytes_of(w)  # the gradient that nobody wants
     product = _product_backward(call) if _is_far_padded(x, padding) else 0
     return contiguous_copies(call) + max(input_phase, weight_phase, w_bytes, product)
+
+
+def _makes_the_weights(call: OpCall) -> bool:
+    """Whether a backward makes the weight's gradient: the bias's, too, is made with it, even alone."""
+    return call.args[10][1] or call.args[10][2]
 
 
 def _product_backward(call: OpCall) -> int:
@@ -144,7 +150,7 @@ def _product_backward(call: OpCall) -> int:
     input_phase = _blocked(w, (0, 1)) + 2 * bytes_of(grad) + bytes_of(x)
     if not _is_wide(x, w):
         input_phase = unfolded + 256 if _is_far_padded_backward(call) else 0
-    return max(input_phase if call.args[10][0] else 0, weight_phase if call.args[10][1] or call.args[10][2] else 0)
+    return max(input_phase if call.args[10][0] else 0, weight_phase if _makes_the_weights(call) else 0)
 
 
 def _blocks_of_each_group(w: torch.Tensor, groups: int) -> int:
