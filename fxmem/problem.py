@@ -83,6 +83,11 @@ class Problem:
     def __post_init__(self):
         _check(self)
 
+    @property
+    def returned(self) -> frozenset[int]:
+        """The storages that a forward hands out: what its last operator, the "return" of a captured module, reads."""
+        return frozenset(self.operators[self.num_forward - 1].inputs)
+
     @cached_property
     def producers(self) -> tuple[tuple[int, ...], ...]:
         """For each storage the operators that make it: the program's own first, then variants; empty if fixed."""

@@ -109,7 +109,7 @@ def plan_arena(
     alignment: of offsets, bytes; a power of two. Offsets have been verified (`fxmem.memory.verify`).
     """
     buffers, during = buffers_of(problem, schedule), np.array(simulate(problem, schedule).during_bytes, np.int64)
-    handed_out = problem.outputs | set(problem.operators[problem.num_forward - 1].inputs)
+    handed_out = problem.outputs | problem.returned
     why = dict(reasons)
     why |= {i: _handed_out(problem, b) for i, b in enumerate(buffers) if b.outside or handed_out & set(b.storages)}
     candidates = [i for i in range(len(buffers)) if i not in why]

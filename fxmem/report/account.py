@@ -85,8 +85,7 @@ def _facts(plan: Plan) -> Iterable[tuple[str, str]]:
 
 def _dropped_outputs_bytes(problem: Problem) -> int:
     """Bytes of what the forward hands out, and a training step lets go of before its backward."""
-    handed_out = set(problem.operators[problem.num_forward - 1].inputs)  # the "return" that ends a forward
-    return sum(problem.storages[s].size_bytes for s in handed_out - problem.outputs if problem.producers[s])
+    return sum(problem.storages[s].size_bytes for s in problem.returned - problem.outputs if problem.producers[s])
 
 
 def _parts(plan: Plan) -> str:
