@@ -7,7 +7,7 @@ import itertools
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +22,8 @@ from .codegen.partition import partition
 from .codegen.planned import PlannedModule, check_names
 from .cost import CostModel
 from .decisions import Frontier, Plan
-from .errors import BudgetError, CaptureError, CostError, FxmemError, InfeasibleBudgetError
+from .errors import BudgetError, CaptureError, CostError, FxmemError, InfeasibleBudgetError, PlanError
+from .guards import ValueGuard, broken, guards_of
 from .inference import plan_inference
 from .passes import PlaceInArena, Rematerialize
 from .planning import Question, decide, given_plan, none_better, solve_for
@@ -100,6 +101,9 @@ def transform(
         others = ask if ask.fraction is None else replace(ask, at_least_bytes=plan_.budget_bytes)
         again = functools.partial(transform, budget=others, arena=arena, **graph_options, **options)
         joint = Rematerialize(solution=plan_.solution)(prepared.reordered_joint()).graph_module
+        guards = guards_of(joint.graph)
+        if given:
+            _check_guards(guards, module)
         infer = None
         if arena:
             infer = functools.partial(plan_inference, inplace=graph_options["inplace"])
@@ -107,7 +111,8 @@ def transform(
             PlaceInArena(prepared.lowered, plan_.solution.schedule, limit_bytes)(joint)
             plan_ = replace(plan_, arena=joint.meta["fxmem_arena"])
         parts = partition(joint.graph, joint.meta["fxmem_regions"])
-        return assemble(module, prepared.captured, parts, args, kwargs, plan_, again, joint.meta.get("fxmem_layout"), infer)
+        layout = joint.meta.get("fxmem_layout")
+        return assemble(module, prepared.captured, parts, args, kwargs, plan_, again, layout, infer, guards)
 
 
 def plan(
@@ -265,6 +270,16 @@ def _example_call(
         return module, *canonical_call(module, tuple(args or ()), kwargs or {})
     except TypeError as error:
         raise CaptureError(f"the example inputs do not fit {type(module).__name__}.forward: {error}") from error
+
+
+def _check_guards(guards: Collection[ValueGuard], module: nn.Module) -> None:
+    """Raise PlanError where a plan that was given is not for the values of a module's parameters."""
+    wrong = broken(guards, module)
+    if wrong:
+        raise PlanError(
+            f"the plan does not fit: it holds for other values of {wrong[0]}, by which its implementations divide. "
+            "Plan anew with a budget"
+        )
 
 
 def _graph_options(

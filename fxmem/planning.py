@@ -46,7 +46,10 @@ def decide(
     if given is None and cache_dir is None:
         prepared = prepare(module, args, kwargs, question.cost, **question.graph_options)
         return solve_for(prepared, question.budget, question.solver, question.time_limit_s)
-    prepared = prepare(module, args, kwargs, "roofline", **question.graph_options)  # which costs nothing to ask
+    withheld = given.origin.withheld if given else None
+    prepared = prepare(
+        module, args, kwargs, "roofline", **question.graph_options, withheld=withheld
+    )  # which costs nothing to ask
     if given is not None:
         return _program_of(given, prepared), given
     cost = getattr(question.cost, "name", question.cost)

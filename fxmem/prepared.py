@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -137,11 +137,12 @@ def prepare(
     inplace: bool = True,
     recompute: bool = True,
     everywhere: bool = False,
+    withheld: Collection[tuple[str, ...]] | None = None,
 ) -> Prepared:
-    """Capture a module and run every pass that needs no budget. everywhere: see `OfferImplementations`."""
+    """Capture a module and run every pass that needs no budget. everywhere, withheld: see `OfferImplementations`."""
     if not (output_gradients is None or isinstance(output_gradients, Iterable)):
         raise CaptureError(f'output_gradients={output_gradients!r}: allowed are None, "all", or indices, as in (0,)')
-    offer = OfferImplementations(implementations, exactness, everywhere)
+    offer = OfferImplementations(implementations, exactness, everywhere, module, withheld)
     rewrite, rewrite_backward = (RewriteParts(implementations, exactness, forward) for forward in (True, False))
     started = time.perf_counter()
     device = device_of(module, args, kwargs)
@@ -177,7 +178,8 @@ def prepare(
             graph_pass(captured.joint)
         lowered = _lowered(captured, origin)
         baseline, seconds = baseline or _baseline(captured, model, type(module).__name__), time.perf_counter() - started
-        return Prepared(type(module).__name__, captured, device, lowered, baseline, model, seconds, origin)
+        holds = replace(origin, withheld=captured.joint.meta["fxmem_withheld"])
+        return Prepared(type(module).__name__, captured, device, lowered, baseline, model, seconds, holds)
 
     plain = finish(captured)
     if other is None:

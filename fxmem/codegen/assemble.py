@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from torch import fx, nn
 
 from ..capture import Capture
+from ..guards import ValueGuard
 from ..roles import Role
 from ..torch_internals import pytree, spec_children
 from .arena import ArenaPool, Layout
@@ -29,11 +30,12 @@ def assemble(
     replan: Callable | None,
     layout: Layout | None = None,
     infer: Callable | None = None,
+    guards: Collection[ValueGuard] = (),
 ) -> PlannedModule:
     """The PlannedModule of a captured module, cut into `parts`, called as `source(*args, **kwargs)` (see `canonical_call`).
 
     layout: of the arena that its graphs write into; None where they write into none. replan, infer: plan other kinds of calls,
-        with gradients and without; a module without the former runs for this kind of call alone.
+        with gradients and without; a module without the former runs for this kind of call alone. guards: see `guards_of`.
     """
     expected, attached = frozenset(captured.differentiated), frozenset(captured.attached)
     arenas = [ArenaPool(layout) if layout and layout.slots else None] + [None] * len(parts)
@@ -41,7 +43,7 @@ def assemble(
     chain = RegionChain(regions, captured.constants, captured.attributes, captured.out_spec)
     graph = _Outer(source, captured, args, kwargs).build([part.spec for part in parts])
     call = Call.of(source, args, kwargs, (*captured.read.constants, *captured.attributes))
-    return PlannedModule(source, graph, chain, plan, call, replan, infer)
+    return PlannedModule(source, graph, chain, plan, call, replan, infer, guards)
 
 
 class _Outer:

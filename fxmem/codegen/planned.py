@@ -1,15 +1,16 @@
 """PlannedModule: the chain of regions as an fx.GraphModule that stands in for the module that it was made from.
 
 Its `forward` is the planned graph, for inputs like the example's. Calling the module picks what fits the call: the planned
-graph; a plan of its own for other shapes, modes or dtypes, made once and kept; or, without gradients, the plain module.
-Parameters, buffers and submodules are the original's own.
+graph; a plan of its own for other shapes, modes or dtypes, or for values of parameters that the planned one is not for (see
+`ValueGuard`), made once and kept; or, without gradients, the plain module. Parameters, buffers and submodules are the
+original's own.
 """
 
 from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..errors import CaptureError, FxmemError
 from ..graph_meta import clean_path
+from ..guards import ValueGuard, broken
 from ..torch_internals import attribute_at, is_being_traced, pytree, spec_from_data, spec_to_data, tensors_in
 from .calls import Call, canonical_call
 from .runtime import Region
@@ -113,9 +115,11 @@ class PlannedModule(fx.GraphModule):
         call: Call,
         replan: Callable | None,
         infer: Callable | None = None,
+        guards: Collection[ValueGuard] = (),
     ):
         super().__init__({}, fx.Graph(), type(source).__name__)
-        self.__dict__.update(_source=source, _call=call, _replan=replan, _infer=infer, _variants={}, _plan=plan)
+        self.__dict__.update(_source=source, _call=call, _guards=guards, _plan=plan)
+        self.__dict__.update(_replan=replan, _infer=infer, _variants={})
         # One set of tensors for both: what moves or swaps the parameters of one does so for the other.
         self._parameters, self._buffers = source._parameters, source._buffers
         self._non_persistent_buffers_set = source._non_persistent_buffers_set
@@ -182,7 +186,7 @@ class PlannedModule(fx.GraphModule):
         if not self._needs_gradients(args, kwargs):
             return self._alone(self._without_gradients(args, kwargs))(*args, **kwargs)
         call = self._call.again(self._source, args, kwargs)
-        if self._call.serves(call):
+        if self._call.serves(call) and not broken(self._guards, self._source):
             self._alone(self)
             self.regions.follow(self._source)
             return super().__call__(*args, **kwargs)
@@ -234,12 +238,17 @@ class PlannedModule(fx.GraphModule):
     def _variant(self, call: Call, args: tuple, kwargs: dict) -> nn.Module:
         """A planned module for another kind of call, planned the first time."""
         if call not in self._variants:
-            moved = [path for (path, now), (_, then) in zip(call.read, self._call.read, strict=True) if now != then]
-            others = f"another {clean_path(moved[0])!r}" if moved else "other shapes, modes or dtypes"
-            log.warning("%s is called with %s than it was planned for: planning anew, once", self._get_name(), others)
+            log.warning("%s is called with %s: planning anew, once", self._get_name(), self._what_differs(call))
             self._variants[call] = self._replan(self._source, args, kwargs)
             self._share_hooks(self._variants[call])
         return self._variants[call]
+
+    def _what_differs(self, call: Call) -> str:
+        if self._call.serves(call):
+            return f"values of {broken(self._guards, self._source)[0]} for which its implementations are not accurate"
+        moved = [path for (path, now), (_, then) in zip(call.read, self._call.read, strict=True) if now != then]
+        others = f"another {clean_path(moved[0])!r}" if moved else "other shapes, modes or dtypes"
+        return f"{others} than it was planned for"
 
     def _share_hooks(self, other: nn.Module) -> None:
         other.__dict__.update({name: self.__dict__[name] for name in HOOKS if name in self.__dict__})
@@ -255,7 +264,7 @@ class PlannedModule(fx.GraphModule):
             "output_structure": spec_to_data(chain.output_structure.spec),
             "graph": graph_to_data(self.graph),
             "hooks": {name: self.__dict__[name] for name in HOOKS if name in self.__dict__},
-            "rest": (self._plan, self._call, self._replan, self._infer),
+            "rest": (self._plan, self._call, self._replan, self._infer, self._guards),
         }
 
     def __deepcopy__(self, memo: dict) -> PlannedModule:

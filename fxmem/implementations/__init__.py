@@ -15,6 +15,7 @@ from .base import (
     IMPLEMENTATIONS,
     Call,
     Choice,
+    Guard,
     Implementation,
     Result,
     Rewrite,
@@ -23,7 +24,7 @@ from .base import (
 )
 
 __all__ = [
-    "CODE", "IMPLEMENTATIONS", "Call", "Choice", "Implementation", "Result", "Rewrite", "choose_implementations",
+    "CODE", "IMPLEMENTATIONS", "Call", "Choice", "Guard", "Implementation", "Result", "Rewrite", "choose_implementations",
     "register_implementation",
 ]  # fmt: skip
 

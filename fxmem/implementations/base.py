@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import fx
 
 from ..errors import ImplementationError
@@ -32,13 +33,29 @@ class Call:
 
 
 @dataclass(frozen=True)
+class Guard:
+    """What has to hold of the values of parameters and buffers wherever a Choice runs.
+
+    nearness: a function that is given these tensors, importable by its name: how near they are to where the Choice is not as
+        accurate any more, as a tensor of one number, which is 1 there.
+    tensors: placeholders of the graph.
+
+    The Choice is offered where that number is a half at most (see `guards`). A step that was planned with it is planned anew
+    where a call finds more than 1.
+    """
+
+    nearness: Callable[..., torch.Tensor]
+    tensors: tuple[fx.Node, ...]
+
+
+@dataclass(frozen=True)
 class Choice:
     """One more way to run a backward operator.
 
     backward: runs in its place, and makes the same value; of an operator with a tuple of results, the one that `result` takes
         out, which has to be the only one that is used. encode: makes CODE from what one forward operator makes; None where
     `backward` reads nothing that the graph does not hold anyway. decode: makes an operand of the operator, the node `decoded`,
-    again, from CODE or from what is kept anyway.
+    again, from CODE or from what is kept anyway. guard: what has to hold of parameters for it.
     """
 
     backward: Call | None = None
@@ -46,6 +63,7 @@ class Choice:
     decode: Call | None = None
     decoded: fx.Node | None = None
     result: fx.Node | None = None
+    guard: Guard | None = None
 
 
 @dataclass(frozen=True)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from ..errors import ImplementationError
 from ..graph_meta import StorageInfo, is_backward, require, rounded, source_of
-from ..implementations import CODE, Call, Choice, Implementation, Rewrite, choose_implementations
+from ..guards import OFFERED, ValueGuard, broken
+from ..implementations import CODE, Call, Choice, Guard, Implementation, Rewrite, choose_implementations
 from ..torch_internals import pytree, tensors_in
 from .base import Pass, fake_result, layouts, told
 
@@ -21,19 +22,30 @@ class OfferImplementations(Pass):
     a backward node's result ("alternative"), the latter two with `meta["fxmem_stands_for"]`, the node that they stand for;
     all with `meta["fxmem_implementation"]`.
 
-    names, exactness: as for `fxmem.transform`. everywhere: whatever `least_bytes` an implementation has. Needs ShapeProp.
+    names, exactness: as for `fxmem.transform`. everywhere: whatever `least_bytes` an implementation has. module: whose values
+    guards look at; None: all guards hold. withheld: names of the tensors of which guards do not hold, where that is known.
+    Needs ShapeProp. What of an offer's guard has to hold at each call stands in its `meta["fxmem_guard"]`, the names of the
+    tensors of which guards do not hold in the graph module's `meta["fxmem_withheld"]`.
     Raises ImplementationError for a name that is not known, and, naming it, for an implementation that fails. One that makes
     something of another shape, layout or type is not offered; `meta["fxmem_not_offered"]` says why, for the first such place of
     each.
     """
 
-    def __init__(self, names: Sequence[str] | None = None, exactness: str = "bitwise", everywhere: bool = False):
+    def __init__(
+        self,
+        names: Sequence[str] | None = None,
+        exactness: str = "bitwise",
+        everywhere: bool = False,
+        module: nn.Module | None = None,
+        withheld: Collection[tuple[str, ...]] | None = None,
+    ):
         super().__init__()
         self.implementations, self.everywhere = choose_implementations(names, exactness), everywhere
+        self.module, self.withheld = module, withheld
 
     def apply(self, graph_module: fx.GraphModule) -> bool:
         require(graph_module, "fxmem_storages", "ShapeProp")
-        offers = _Offers(graph_module)
+        offers = _Offers(graph_module, self._holds)
         for node in [n for n in graph_module.graph.nodes if n.op == "call_function"]:
             for implementation in self.implementations:
                 if self._is_for(implementation, node):
@@ -41,7 +53,13 @@ class OfferImplementations(Pass):
         graph_module.meta["fxmem_storages"] = tuple(offers.infos)
         graph_module.meta["fxmem_not_offered"] = offers.refused
         graph_module.meta["fxmem_offers_everywhere"] = self.everywhere
+        graph_module.meta["fxmem_withheld"] = tuple(sorted(offers.withheld))
         return offers.added
+
+    def _holds(self, guard: ValueGuard) -> bool:
+        if self.withheld is not None:
+            return guard.names not in self.withheld
+        return self.module is None or not broken((guard,), self.module, OFFERED)
 
     def _is_for(self, implementation: Implementation, node: fx.Node) -> bool:
         if node.target not in implementation.serves or implementation.forward == is_backward(node):
@@ -67,7 +85,8 @@ def naming_failures(implementation: Implementation, node: fx.Node) -> Iterator[N
 class _Offers:
     """The nodes added so far; what two implementations encode alike is encoded once."""
 
-    def __init__(self, graph_module: fx.GraphModule):
+    def __init__(self, graph_module: fx.GraphModule, holds: Callable[[ValueGuard], bool]):
+        self.holds, self.withheld = holds, set[tuple[str, ...]]()
         self.graph = graph_module.graph
         self.infos: list[StorageInfo] = list(graph_module.meta["fxmem_storages"])
         self.alignment_bytes = graph_module.meta["fxmem_alignment_bytes"]
@@ -94,15 +113,23 @@ class _Offers:
         if choice.encode and not self._encodes_forward(choice.encode):
             self._refuse(implementation, node, "it encodes results of more than one operator, or of the backward")
             return
+        guard = self._guard(choice.guard)
+        if choice.guard and not guard:
+            self._refuse(implementation, node, "its guard is of what is neither parameter nor buffer")
+            return
+        if guard and not self.holds(guard):
+            self.withheld.add(guard.names)
+            self._refuse(implementation, node, f"its guard does not hold of the values of {guard}")
+            return
         code = self._encoder(choice.encode, implementation) if choice.encode else None
         decoding = choice.decoded, code, repr(choice.decode)
         if choice.decode and decoding not in self.decoded:
             self.decoded.add(decoding)
-            self._stand_in(choice.decode, choice.decoded, code, "variant", implementation)
+            self._stand_in(choice.decode, choice.decoded, code, "variant", implementation, guard)
         if not choice.backward:
             return
         if self._gradients(choice.backward) == self._gradients(Call(node.target, node.args, node.kwargs)):
-            self._stand_in(choice.backward, choice.result or node, code, "alternative", implementation)
+            self._stand_in(choice.backward, choice.result or node, code, "alternative", implementation, guard)
         else:
             self._refuse(implementation, node, "it reads other gradients than the operator that it stands for")
 
@@ -135,7 +162,21 @@ class _Offers:
     def _place(self, node: fx.Node) -> int:
         return self.order[node]
 
-    def _stand_in(self, call: Call, node: fx.Node, code: fx.Node | None, what: str, implementation: Implementation) -> None:
+    def _guard(self, guard: Guard | None) -> ValueGuard | None:
+        roles = [n.meta.get("fxmem_role") for n in guard.tensors] if guard else []
+        if not roles or not all(role and role.kind in ("parameter", "buffer") for role in roles):
+            return None
+        return ValueGuard(guard.nearness, tuple(role.key for role in roles))
+
+    def _stand_in(
+        self,
+        call: Call,
+        node: fx.Node,
+        code: fx.Node | None,
+        what: str,
+        implementation: Implementation,
+        guard: ValueGuard | None,
+    ) -> None:
         after = code if what == "variant" and code is not None else max((node, *_nodes(call)), key=self._place)
         made = self._call(call, code, node, after, f"{node.name}_{implementation.name}")
         if layouts(made.meta["val"]) != layouts(node.meta["val"]):
@@ -144,6 +185,8 @@ class _Offers:
             return
         made.meta |= {"fxmem_offers": what, "fxmem_stands_for": node, "fxmem_storages": node.meta["fxmem_storages"]}
         made.meta["fxmem_implementation"] = implementation.name
+        if guard:
+            made.meta["fxmem_guard"] = guard
 
     def _call(self, call: Call, code: fx.Node | None, beside: fx.Node, after: fx.Node, name: str) -> fx.Node:
         """A node right after another one, of the module and region of `beside`."""
