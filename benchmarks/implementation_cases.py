@@ -33,6 +33,18 @@ class RowNorm(nn.Module):
         return self.norm(x, x.shape[-1:])
 
 
+class OfPixels(nn.Module):
+    """A norm over the channels of every pixel, which come to lie side by side."""
+
+    def __init__(self, norm: nn.Module):
+        super().__init__()
+        self.norm = norm
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
+
+    def forward(self, x):
+        return self.norm(x.movedim(1, -1).contiguous())
+
+
 class RMSNorm(nn.Module):
     """Over rows of any length, by operators as models write it, in float32; a weight for each channel."""
 
@@ -112,11 +124,15 @@ class Upsampled(nn.Module):
 
 
 CASES: dict[str, Callable[[], nn.Module]] = {
-    "layer_norm_output": lambda: Between(nn.Tanh(), RowNorm(), nn.SiLU()),
-    "group_norm_output": lambda: Between(nn.Tanh(), nn.GroupNorm(2, 4, affine=False), nn.SiLU()),
-    "batch_norm_output": lambda: Between(nn.Tanh(), nn.BatchNorm2d(4, affine=False), nn.SiLU(), nn.InstanceNorm2d(4)),
+    "layer_norm_output": lambda: Between(nn.Tanh(), RowNorm(), nn.SiLU(), OfPixels(nn.LayerNorm(4)), nn.SiLU()),
+    "group_norm_output": lambda: Between(nn.Tanh(), nn.GroupNorm(2, 4, affine=False), nn.SiLU(), nn.GroupNorm(2, 4), nn.SiLU()),
+    "batch_norm_output": lambda: Between(
+        nn.Tanh(), nn.BatchNorm2d(4, affine=False), nn.SiLU(), nn.InstanceNorm2d(4), nn.BatchNorm2d(4), nn.SiLU()
+    ),
     "rms_norm_input": lambda: Between(nn.Flatten(2), RowNorm(nn.functional.rms_norm), nn.Tanh(), RMSNorm(4), nn.SiLU()),
-    "rms_norm_output": lambda: Between(nn.Flatten(2), RowNorm(nn.functional.rms_norm), nn.Tanh(), RMSNorm(4), nn.SiLU()),
+    "rms_norm_output": lambda: Between(
+        nn.Flatten(2), RowNorm(nn.functional.rms_norm), nn.Tanh(), RMSNorm(4), nn.SiLU(), OfPixels(nn.RMSNorm(4)), nn.SiLU()
+    ),
     "chain": lambda: Between(Residual(8), channels=8),
     "chain_accurate": lambda: Between(nn.GroupNorm(4, 8), nn.SiLU(), nn.Tanh(), RowNorm(), nn.SiLU(), nn.Tanh(), channels=8),
     "cat_activation": lambda: Between(Dense(4), nn.Conv2d(20, 4, 1)),

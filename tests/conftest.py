@@ -6,6 +6,8 @@ import logging
 import pytest
 import torch
 
+import fxmem
+from fxmem.implementations import IMPLEMENTATIONS
 from fxmem.solvers import minimum
 
 torch.set_num_threads(1)
@@ -16,6 +18,15 @@ logging.getLogger("torch.__trace").addFilter(lambda record: False)
 def little_effort(monkeypatch):
     """A least peak that is looked for a little, not for the ten seconds that a user is owed."""
     monkeypatch.setattr(minimum, "LEAST_EFFORT_S", 2.0)
+
+
+@pytest.fixture
+def registered():
+    """`fxmem.register_implementation`; what it registers is gone again afterwards."""
+    before = dict(IMPLEMENTATIONS)
+    yield fxmem.register_implementation
+    IMPLEMENTATIONS.clear()
+    IMPLEMENTATIONS.update(before)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -246,14 +246,6 @@ def test_what_is_not_known_is_refused(names, exactness, message):
         transform(nn.Linear(2, 2), (torch.randn(1, 2),), implementations=names, exactness=exactness)
 
 
-@pytest.fixture
-def registered():
-    before = dict(IMPLEMENTATIONS)
-    yield fxmem.register_implementation
-    IMPLEMENTATIONS.clear()
-    IMPLEMENTATIONS.update(before)
-
-
 @pytest.mark.parametrize(
     ("layer", "kept"),
     [

@@ -32,6 +32,7 @@ aten = torch.ops.aten
 BATCH, LAYER, GROUP = (getattr(aten, f"native_{kind}_norm_backward").default for kind in ("batch", "layer", "group"))
 LARGEST_BIAS = 8.0  # times its weight: from 16 on, errors come near four times the plain operator's
 PIECE_BYTES = 1 << 21  # a few of them are in a CPU's cache
+LEAST_PIECES = 4
 OPERANDS = "Tensor gradient, Tensor result, Tensor rstd, Tensor? weight, Tensor? bias"
 
 
@@ -39,7 +40,7 @@ OPERANDS = "Tensor gradient, Tensor result, Tensor rstd, Tensor? weight, Tensor?
 def layer_norm_output(node: fx.Node) -> Choice | None:
     """The output, as long as no weight is near zero: it tells the normalized input."""
     shape, rstd, mask = node.args[2], node.args[4], node.args[7]
-    if not all(n.meta["val"].is_contiguous() for n in node.args[:2]):
+    if not node.args[0].meta["val"].is_contiguous():
         return None
     return _from_output(node, rstd, slice(2, 4), mask, layer_norm_from_output, list(shape))
 
@@ -70,9 +71,15 @@ def _from_output(node: fx.Node, rstd: fx.Node, affine: slice, mask: list[bool], 
         weight is None and bias is not None
     ):
         return None
-    parameters = tuple(a for a in (weight, bias) if a is not None)
-    guard = Guard(functools.partial(nearness, _least_weight(value.dtype)), parameters) if parameters else None
+    guard = guard_of_weights(value.dtype, weight, bias) if weight is not None else None
     return Choice(backward=Call(target, (node.args[0], result, rstd, weight, bias, *args, list(mask))), guard=guard)
+
+
+def guard_of_weights(dtype: torch.dtype, weight: fx.Node, bias: fx.Node | None = None) -> Guard:
+    """That an output of this type tells what was multiplied by the weights."""
+    limits = torch.finfo(dtype)
+    floor = max(math.sqrt(limits.tiny), limits.tiny / limits.eps)  # below it, squares of weights or their products lose digits
+    return Guard(functools.partial(nearness, floor), (weight,) if bias is None else (weight, bias))
 
 
 def nearness(floor: float, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -81,12 +88,6 @@ def nearness(floor: float, weight: torch.Tensor, bias: torch.Tensor | None = Non
     size = weight.abs()
     found = torch.maximum(floor / size, floor * size)
     return found.max() if bias is None else torch.maximum(found, bias.abs() / (LARGEST_BIAS * size)).max()
-
-
-def _least_weight(dtype: torch.dtype) -> float:
-    """Below it, squares of weights or what they multiply lose digits."""
-    limits = torch.finfo(dtype)
-    return max(math.sqrt(limits.tiny), limits.tiny / limits.eps)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -177,9 +178,10 @@ def _fill(arrange: Callable[..., tuple], made: torch.Tensor, *args) -> tuple[tor
 
 
 def _pieces(result: torch.Tensor) -> list[tuple[int, int]]:
-    """On a GPU, to launch more kernels would take longer."""
+    """A few at least, so that what is made for one of them takes little; on a GPU, to launch more kernels would take longer."""
     count = len(result)
-    return list(chunks(count, max(1, PIECE_BYTES * count // result.nbytes) if result.device.type == "cpu" else count))
+    fit = PIECE_BYTES * count // result.nbytes
+    return list(chunks(count, max(1, min(fit, -(-count // LEAST_PIECES))) if result.device.type == "cpu" else count))
 
 
 def _normalized(result, weight, bias) -> torch.Tensor:

@@ -5,8 +5,8 @@ through r, x * -r^3 mean(gradient * x) (Zhang and Sennrich, 2019). Autograd take
 make tensors as large as x. Here it is one, which makes its result alone, out of the same roundings. And since x r is y, it is
 y * -r mean(gradient * y) as well: then the input need not be kept.
 
-y is the normalized input before it is multiplied by weights. To divide the product by them would take as many passes as to
-make y again from x, keep as many bytes, and give nothing at all where a weight is zero.
+y is the normalized input before it is multiplied by weights. Where their product is kept, as the next layer's input, y is had
+from that, as long as no weight is near zero: a `Guard` watches them.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from ..cost.workspace import workspace_bytes
 from ..graph_meta import is_backward
 from ..torch_internals import is_dense
 from .base import Call, Choice, Rewrite, register_implementation
+from .norm_output import guard_of_weights
 from .operators import define, define_inplace
 
 aten = torch.ops.aten
@@ -136,12 +137,22 @@ def _alike(*nodes: fx.Node) -> bool:
 
 
 @register_implementation("rms_norm_output", MUL, from_input, exactness="accurate")
-def rms_norm_output(node: fx.Node) -> Choice | Rewrite | None:
-    """The output before it is multiplied by weights: it is the normalized input."""
+def rms_norm_output(node: fx.Node) -> list[Choice] | Rewrite | None:
+    """The output before it is multiplied by weights, or divided by them where none is near zero: it is the normalized input."""
     if node.target is MUL:
         return rms_norm_input(node)
     gradient, x, rstd, *rest = node.args
     made = next((u for u in x.users if u.target is MUL and set(u.args) == {x, rstd} and not is_backward(u)), None)
     if made is None or not _alike(gradient, made) or not made.meta["val"].numel():
         return None
-    return Choice(backward=Call(from_output, (gradient, made, rstd, *rest)))
+    from_weighted = (_divided(u, made) for u in made.users if u.target is MUL and not is_backward(u) and _alike(made, u))
+    return [Choice(backward=Call(from_output, (gradient, made, rstd, *rest))), *filter(None, from_weighted)]
+
+
+def _divided(product: fx.Node, made: fx.Node) -> Choice | None:
+    """The output again from its product with weights."""
+    weight = product.args[1] if product.args[0] is made else product.args[0]
+    if not isinstance(weight, fx.Node) or weight.op != "placeholder":
+        return None
+    guard = guard_of_weights(made.meta["val"].dtype, weight)
+    return Choice(decode=Call(aten.div.Tensor, (product, weight)), decoded=made, guard=guard)

@@ -1,0 +1,238 @@
+"""Norms that go backward from their output, and what is watched of their weights meanwhile."""
+
+import copy
+import logging
+import pickle
+
+import pytest
+import torch
+from helpers.steps import step, transform
+from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
+
+import fxmem
+from benchmarks.implementation_cases import Between, OfPixels, images
+from fxmem.errors import ImplementationError, InfeasibleBudgetError, PlanError
+from fxmem.guards import broken
+from fxmem.implementations import Call, Choice, Guard
+
+NORMS = {
+    "layer_norm_output": lambda: OfPixels(nn.LayerNorm(4)),
+    "group_norm_output": lambda: nn.GroupNorm(2, 4),
+    "batch_norm_output": lambda: nn.BatchNorm2d(4),
+}
+FREE = {"recompute": False, "exactness": "accurate"}
+X = torch.randn(256, 32, generator=torch.Generator().manual_seed(0))
+
+
+class Block(nn.Module):
+    """Its norm's input is a sum, which nothing but the norm reads in the backward."""
+
+    def __init__(self, norm=nn.LayerNorm):
+        super().__init__()
+        self.norm, self.wide, self.narrow = norm(32), nn.Linear(32, 32), nn.Linear(32, 32)
+
+    def forward(self, x):
+        return x + self.narrow(torch.tanh(self.wide(self.norm(x))))
+
+
+def blocks(norm=nn.LayerNorm, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(32, 32), Block(norm), Block(norm), Block(norm), nn.Linear(32, 1))
+
+
+def set_to(value: float, *modules: nn.Module, of: str = "weight", block: int = 2) -> None:
+    with torch.no_grad():
+        for module in modules:
+            getattr(module[block].norm, of)[3] = value
+
+
+def assert_close(planned: nn.Module, plain: nn.Module, x: torch.Tensor = X) -> None:
+    """Outputs bit for bit, gradients up to their last digits."""
+    found, expected = step(planned, (x,)), step(plain, (x,))
+    torch.testing.assert_close(found["outputs"], expected["outputs"], rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(found["grads"], expected["grads"], rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+def watched(planned: fxmem.PlannedModule) -> set[str]:
+    return {name for guard in planned._guards for name in guard.names}
+
+
+def weights_of(*numbers: int) -> set[str]:
+    return {f"{n}.norm.{of}" for n in numbers for of in ("weight", "bias")}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", NORMS)
+def test_at_the_limit_it_is_still_accurate(name, dtype, monkeypatch):
+    """Offered up to half of it: here, all of it is."""
+    monkeypatch.setattr("fxmem.passes.offer.OFFERED", 1.0)
+    torch.manual_seed(0)
+    module = Between(nn.Tanh(), NORMS[name](), nn.SiLU())
+    weight, bias = module.layers[1].parameters()
+    with torch.no_grad():
+        weight *= torch.tensor([1.0, -1.0, 1.0, -1.0])
+        bias.copy_(8 * weight.abs() * torch.tensor([0.999, -0.999, 0.1, 0.5]))
+    assert fxmem.check_implementation(name, module.to(dtype), (images(dtype),)).places == 1
+
+
+@pytest.mark.parametrize(
+    ("which", "value"), [("weight", 0.0), ("weight", 1e-20), ("weight", 1e20), ("weight", torch.nan), ("bias", 8.0)]
+)
+@pytest.mark.parametrize("name", NORMS)
+def test_where_it_would_not_be_it_is_not_offered(name, which, value):
+    module = Between(nn.Tanh(), NORMS[name](), nn.SiLU())
+    with torch.no_grad():
+        next(p for n, p in module.layers[1].named_parameters() if n.endswith(which))[2] = value
+    with pytest.raises(ImplementationError, match=r"its guard does not hold of .*weight' and 'layers.1.*bias'"):
+        fxmem.check_implementation(name, module, (images(),))
+
+
+def test_the_weights_of_an_rms_norm():
+    module = Between(OfPixels(nn.RMSNorm(4)), nn.SiLU())
+    places = fxmem.check_implementation("rms_norm_output", module, (images(),)).places
+    with torch.no_grad():
+        module.layers[0].norm.weight[2] = 0.0
+    assert fxmem.check_implementation("rms_norm_output", module, (images(),)).places == places - 1
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm, lambda n: nn.LayerNorm(n, bias=False), nn.RMSNorm, nn.BatchNorm1d])
+def test_less_is_kept_and_nothing_runs_twice(norm):
+    module = blocks(norm)
+    left_out = [f"-{name}" for name in (*NORMS, "rms_norm_output")]
+    without = fxmem.plan(module, (X,), budget="min", **FREE, implementations=left_out)
+    planned = transform(copy.deepcopy(module), (X,), **FREE)
+    assert planned.plan.predicted_peak_bytes < without.predicted_peak_bytes
+    assert fxmem.measure(planned, (X,)).peak_bytes <= planned.plan.predicted_peak_bytes
+    assert_close(planned, module)
+
+
+def test_a_weight_that_becomes_zero(caplog):
+    plain = blocks()
+    planned = transform(copy.deepcopy(plain), (X,), **FREE)
+    assert watched(planned) == weights_of(1, 2, 3)
+    with caplog.at_level(logging.WARNING, "fxmem"):
+        for value in (0.2, 0.0, 0.0, -0.2, 0.0):
+            set_to(value, planned.source, plain)
+            assert_close(planned, plain)
+    assert [r.getMessage() for r in caplog.records] == [
+        "Sequential is called with values of '2.norm.weight' and '2.norm.bias' for which its implementations are not accurate: "
+        "planning anew, once"
+    ]
+    (other,) = planned._variants.values()
+    assert watched(other) == weights_of(1, 3)
+    assert other.plan.origin.withheld == (("2.norm.weight", "2.norm.bias"),)
+    set_to(0.0, planned.source, plain, block=1)  # and one of those that the other plan goes by
+    assert_close(planned, plain)
+    set_to(torch.nan, planned.source, plain, of="bias", block=3)
+    assert_close(planned, plain)
+
+
+def test_a_plan_lasts_for_a_while():
+    """It is made up to half of the limit, and holds up to all of it."""
+    plain = blocks()
+    planned = transform(copy.deepcopy(plain), (X,), **FREE)
+    set_to(7.9, planned.source, plain, of="bias")
+    assert_close(planned, plain)
+    assert not planned._variants
+    assert ("2.norm.weight", "2.norm.bias") in transform(plain, (X,), **FREE).plan.origin.withheld
+
+
+def test_a_budget_that_cannot_be_kept_without_it():
+    planned = transform(blocks(), (X,), **FREE)
+    planned = transform(blocks(), (X,), **FREE, budget=planned.plan.predicted_peak_bytes)
+    set_to(0.0, planned.source)
+    with pytest.raises(InfeasibleBudgetError, match="Ask for at least"):
+        step(planned, (X,))
+
+
+def test_other_shapes_are_watched_too():
+    plain = blocks()
+    planned = transform(copy.deepcopy(plain), (X,), **FREE)
+    assert_close(planned, plain, X[:128])
+    set_to(0.0, planned.source, plain)
+    assert_close(planned, plain, X[:128])
+
+
+def test_copies_watch_their_own_weights():
+    planned = transform(blocks(), (X,), **FREE)
+    for copied in (copy.deepcopy(planned), pickle.loads(pickle.dumps(planned))):
+        set_to(0.0, copied.source)
+        assert broken(copied._guards, copied.source) and not broken(planned._guards, planned.source)
+
+
+def test_saved_plans(tmp_path):
+    module = blocks()
+    plan = transform(module, (X,), **FREE).plan
+    plan.save(tmp_path / "plan.json")
+    set_to(7.0, module, of="bias")  # no plan would be made so, but this one holds
+    assert watched(transform(module, (X,), plan=tmp_path / "plan.json", budget=None)) >= {"2.norm.bias"}
+    set_to(0.0, module)
+    with pytest.raises(PlanError, match="it holds for other values of '2.norm.weight' and '2.norm.bias'"):
+        transform(module, (X,), plan=plan, budget=None)
+    other = transform(module, (X,), **FREE).plan
+    set_to(1.0, module)  # a plan without it holds for all values
+    assert watched(transform(module, (X,), plan=other, budget=None)) == weights_of(1, 3)
+
+
+def test_plans_in_a_cache_are_of_the_same_values(tmp_path):
+    module = blocks()
+    for value, count in ((1.0, 1), (0.0, 2), (1.0, 2), (0.5, 2)):
+        set_to(value, module)
+        planned = transform(module, (X,), **FREE, cache_dir=tmp_path)
+        assert len(list(tmp_path.glob("*.json"))) == count
+        assert ("2.norm.weight" in watched(planned)) == (value != 0)
+
+
+def test_weights_without_values_hold():
+    with torch.device("meta"):
+        plan = fxmem.plan(blocks(), (torch.randn(256, 32),), budget="min", **FREE)
+    assert not plan.origin.withheld and any(o.implementation == "layer_norm_output" for o in plan.problem.operators)
+
+
+def test_bitwise_plans_watch_nothing():
+    assert not watched(transform(blocks(), (X,), recompute=False))
+
+
+def test_weights_that_are_computed_are_not_watched():
+    module = blocks()
+    weight_norm(module[2].norm, "weight", dim=0)
+    planned = transform(copy.deepcopy(module), (X,), **FREE)
+    assert watched(planned) == weights_of(1, 3)
+    assert_close(planned, module)
+
+
+def test_weights_of_two_norms_and_frozen_ones():
+    plain = blocks()
+    plain[3].norm.weight = plain[1].norm.weight
+    plain[2].norm.weight.requires_grad_(False)
+    planned = transform(copy.deepcopy(plain), (X,), **FREE)
+    assert_close(planned, plain)
+    set_to(0.0, planned.source, plain, block=3)
+    assert_close(planned, plain)
+    assert planned._variants
+
+
+def test_guards_of_ones_own(registered):
+    @registered("halves", torch.ops.aten.tanh_backward.default, exactness="accurate")
+    def halves(node):
+        weight = node.args[1].args[0].args[-1]  # of the linear layer before it, transposed
+        weight = weight if node.graph.owning_module is None or weight.op == "placeholder" else weight.args[0]
+        return Choice(backward=Call(node.target, node.args), guard=Guard(torch.max, (weight,)))
+
+    module = blocks()
+    planned = transform(copy.deepcopy(module), (X,), exactness="accurate", implementations=("halves",))
+    assert_close(planned, module)
+    assert fxmem.check_implementation("halves", module, (X,)).places == 3
+    with torch.no_grad():
+        module[1].wide.weight[0, 0] = 0.7
+    assert fxmem.check_implementation("halves", module, (X,)).places == 2
+
+
+def test_a_guard_of_what_is_no_parameter(registered):
+    @registered("odd", torch.ops.aten.tanh_backward.default)
+    def odd(node):
+        return Choice(backward=Call(node.target, node.args), guard=Guard(torch.max, (node.args[1],)))
+
+    with pytest.raises(ImplementationError, match="its guard is of what is neither parameter nor buffer"):
+        fxmem.check_implementation("odd", blocks(), (X,))
