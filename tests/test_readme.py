@@ -33,7 +33,7 @@ def test_python_blocks_run(page, block, capsys, monkeypatch, tmp_path):
             registry.update(entries)
     expected = {
         "README.md": ("budget",),
-        "docs/implementations.md": ("relu_pooled  ", "is wrong", "accurate "),
+        "docs/implementations.md": ("relu_pooled  ", "layer_norm_output  ", "is wrong", "accurate "),
         "docs/how-it-works.md": ("def forward(self, boxed_args)",),
         "docs/memory.md": ("1 3072 ((2, 3),) 4\n", "optimal: 4 intervals in 5632 bytes", "trace ("),
         "docs/arena.md": ("arena of ",),
