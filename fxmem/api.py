@@ -7,7 +7,7 @@ import itertools
 import logging
 import os
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,11 +22,11 @@ from .codegen.partition import partition
 from .codegen.planned import PlannedModule, check_names
 from .cost import CostModel
 from .decisions import Frontier, Plan
-from .errors import BudgetError, CaptureError, CostError, FxmemError, InfeasibleBudgetError, PlanError
-from .guards import ValueGuard, broken, guards_of
+from .errors import BudgetError, CaptureError, CostError, FxmemError, InfeasibleBudgetError
+from .guards import guards_of
 from .inference import plan_inference
 from .passes import PlaceInArena, Rematerialize
-from .planning import Question, decide, given_plan, none_better, solve_for
+from .planning import Question, check_holds, decide, given_plan, none_better, solve_for
 from .prepared import Prepared, prepare
 from .progress import phase, showing
 from .solvers import find_solver, solve_alone
@@ -91,22 +91,39 @@ def transform(
         given = given_plan(plan, budget, max_overhead)
         graph_options = {name: getattr(given.origin, name) for name in graph_options}
     ask = given.asked if given else parse_budget(budget, max_overhead)
-    options = dict(cost=cost, solver=solver, time_limit_s=time_limit_s, cache_dir=cache_dir, progress=progress)
+    question = Question(ask, cost, solver, time_limit_s, graph_options)
+    return _transform(module, example_inputs, example_kwargs, question, given, arena, cache_dir, progress)
+
+
+def _transform(
+    module: nn.Module,
+    example_inputs: Sequence[Any] | None,
+    example_kwargs: Mapping[str, Any] | None,
+    question: Question,
+    given: Plan | None,
+    arena: bool,
+    cache_dir: str | os.PathLike | None,
+    progress: bool | None,
+    withheld: frozenset[tuple[str, ...]] = frozenset(),
+) -> PlannedModule:
+    """As `transform`, of what that was asked. withheld: see `Question`."""
     module, args, kwargs = _example_call(module, example_inputs, example_kwargs)
     check_names(module)
     _warn_of_hooks(module)
     with showing(progress):
-        question = Question(ask, cost or _default_cost(module, args, kwargs), solver, time_limit_s, graph_options)
-        prepared, plan_ = decide(module, args, kwargs, question, given, cache_dir)
-        others = ask if ask.fraction is None else replace(ask, at_least_bytes=plan_.budget_bytes)
-        again = functools.partial(transform, budget=others, arena=arena, **graph_options, **options)
+        cost = question.cost or _default_cost(module, args, kwargs)
+        prepared, plan_ = decide(module, args, kwargs, replace(question, cost=cost, withheld=withheld), given, cache_dir)
+        ask = question.budget
+        others = replace(question, budget=ask if ask.fraction is None else replace(ask, at_least_bytes=plan_.budget_bytes))
+        options = dict(question=others, given=None, arena=arena, cache_dir=cache_dir, progress=progress)
+        again = functools.partial(_transform, **options)
         joint = Rematerialize(solution=plan_.solution)(prepared.reordered_joint()).graph_module
         guards = guards_of(joint.graph)
         if given:
-            _check_guards(guards, module)
+            check_holds(guards, module)
         infer = None
         if arena:
-            infer = functools.partial(plan_inference, inplace=graph_options["inplace"])
+            infer = functools.partial(plan_inference, inplace=question.graph_options["inplace"])
             limit_bytes = plan_.budget_bytes or plan_.baseline_peak_bytes
             PlaceInArena(prepared.lowered, plan_.solution.schedule, limit_bytes)(joint)
             plan_ = replace(plan_, arena=joint.meta["fxmem_arena"])
@@ -270,16 +287,6 @@ def _example_call(
         return module, *canonical_call(module, tuple(args or ()), kwargs or {})
     except TypeError as error:
         raise CaptureError(f"the example inputs do not fit {type(module).__name__}.forward: {error}") from error
-
-
-def _check_guards(guards: Collection[ValueGuard], module: nn.Module) -> None:
-    """Raise PlanError where a plan that was given is not for the values of a module's parameters."""
-    wrong = broken(guards, module)
-    if wrong:
-        raise PlanError(
-            f"the plan does not fit: it holds for other values of {wrong[0]}, by which its implementations divide. "
-            "Plan anew with a budget"
-        )
 
 
 def _graph_options(

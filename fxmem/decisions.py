@@ -26,7 +26,7 @@ class Origin:
     fxmem, torch: versions. device: "cpu", "meta", or the GPU's name. mode: "train" or "eval".
     inputs: (where in the call, dtype and shape or value) of each leaf.
     output_gradients, implementations, exactness, inplace, recompute: as given to `fxmem.transform`.
-    withheld: names of parameters and buffers of which guards of implementations did not hold (see `OfferImplementations`).
+    withheld: (implementation, names of parameters and buffers) of guards that did not hold (see `OfferImplementations`).
     """
 
     fxmem: str = ""

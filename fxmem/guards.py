@@ -8,17 +8,24 @@ from dataclasses import dataclass
 import torch
 from torch import fx, nn
 
-from .torch_internals import FakeTensor, attribute_at
+from .torch_internals import FakeTensor
 
-OFFERED = 0.5  # so that a plan lasts: values move from step to step
+HOLDS_UP_TO = 1.0
+OFFERED_UP_TO = 0.5  # so that a plan lasts: values move from step to step
 
 
 @dataclass(frozen=True)
 class ValueGuard:
-    """nearness: of the tensors that a module holds by these names (see `implementations.Guard`)."""
+    """A `Guard` of an implementation when a module's tensors have names: share_of_limit is given the tensors of these."""
 
-    nearness: Callable[..., torch.Tensor]
+    implementation: str
+    share_of_limit: Callable[..., torch.Tensor]
     names: tuple[str, ...]
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """What plans know it by."""
+        return self.implementation, *self.names
 
     def __str__(self) -> str:
         return " and ".join(map(repr, self.names))
@@ -30,17 +37,26 @@ def guards_of(graph: fx.Graph) -> tuple[ValueGuard, ...]:
 
 
 @torch.no_grad()
-def broken(guards: Collection[ValueGuard], module: nn.Module, limit: float = 1.0) -> list[ValueGuard]:
-    """Those guards whose nearness is above the limit, or no number. Of tensors without values (fake, meta) all hold, of
-    none at all none does."""
-    found = [(guard, [attribute_at(module, f".{name}") for name in guard.names]) for guard in guards]
-    missing = [guard for guard, tensors in found if any(t is None for t in tensors)]
-    real = [(guard, tensors) for guard, tensors in found if not any(map(_has_no_values, tensors))]
-    if not real:
+def broken_guards(guards: Collection[ValueGuard], module: nn.Module, limit: float = HOLDS_UP_TO) -> list[ValueGuard]:
+    """The guards whose share is above the limit, or NaN, and those of tensors that the module does not have. What fake or meta
+    tensors would be is not known: it holds."""
+    tensors = {guard: [_tensor_at(module, name) for name in guard.names] for guard in guards}
+    missing = [guard for guard, found in tensors.items() if any(t is None for t in found)]
+    shares = {guard: guard.share_of_limit(*found) for guard, found in tensors.items() if guard not in missing}
+    known = {guard: share for guard, share in shares.items() if not (share.is_meta or isinstance(share, FakeTensor))}
+    if not known:
         return missing
-    values = torch.stack([guard.nearness(*tensors).double() for guard, tensors in real]).tolist()  # a GPU is waited for once
-    return [*missing, *(guard for (guard, _), value in zip(real, values, strict=True) if not value <= limit)]
+    values = torch.stack([share.float() for share in known.values()]).tolist()  # a GPU is waited for once
+    return [*missing, *(guard for guard, value in zip(known, values, strict=True) if not value <= limit)]
 
 
-def _has_no_values(tensor: torch.Tensor | None) -> bool:
-    return tensor is None or tensor.is_meta or isinstance(tensor, FakeTensor)
+def is_offered(module: nn.Module, guard: ValueGuard) -> bool:
+    """Whether a plan may go by what a guard watches, for a while."""
+    return not broken_guards((guard,), module, OFFERED_UP_TO)
+
+
+def _tensor_at(module: nn.Module, name: str) -> torch.Tensor | None:
+    found = module
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    return found

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +17,7 @@ from .budget import Budget, check_time_limit
 from .cost import CostModel
 from .decisions import Plan
 from .errors import BudgetError, InfeasibleBudgetError, PlanError
+from .guards import ValueGuard, broken_guards, is_offered
 from .prepared import Prepared, prepare
 from .saving import cache_path, check_fits, load_plan
 from .solvers.base import BY_INTERRUPT, BY_TIME_LIMIT, describe
@@ -26,13 +28,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Question:
-    """What a user asks for one module and call. graph_options: those of `prepare` that decide which operators there are."""
+    """What a user asks for one module and call. graph_options: those of `prepare` that decide which operators there are.
+    withheld: keys of guards that no plan is to go by, even if they hold now."""
 
     budget: Budget
     cost: str | CostModel
     solver: str
     time_limit_s: float
     graph_options: dict[str, Any]
+    withheld: frozenset[tuple[str, ...]] = frozenset()
 
 
 def decide(
@@ -43,13 +47,17 @@ def decide(
     check_time_limit(question.time_limit_s)
     if not (cache_dir is None or isinstance(cache_dir, str | os.PathLike)):
         raise PlanError(f"cache_dir={cache_dir!r} was given; it is the path of a folder")
+
+    def holds(guard: ValueGuard) -> bool:
+        if given:  # what operators there are is up to the plan; if it holds is another question
+            return guard.key not in given.origin.withheld
+        return guard.key not in question.withheld and is_offered(module, guard)
+
+    prepare_for = functools.partial(prepare, module, args, kwargs, **question.graph_options, holds=holds)
     if given is None and cache_dir is None:
-        prepared = prepare(module, args, kwargs, question.cost, **question.graph_options)
+        prepared = prepare_for(question.cost)
         return solve_for(prepared, question.budget, question.solver, question.time_limit_s)
-    withheld = given.origin.withheld if given else None
-    prepared = prepare(
-        module, args, kwargs, "roofline", **question.graph_options, withheld=withheld
-    )  # which costs nothing to ask
+    prepared = prepare_for("roofline")  # which costs nothing to ask
     if given is not None:
         return _program_of(given, prepared), given
     cost = getattr(question.cost, "name", question.cost)
@@ -91,6 +99,16 @@ def given_plan(plan_: Plan | str | os.PathLike, budget: Any, max_overhead: Any) 
     if not isinstance(plan_, (Plan, str, os.PathLike)):
         raise PlanError(f"plan={plan_!r} was given; it is a Plan, or the path of one that Plan.save wrote")
     return plan_ if isinstance(plan_, Plan) else load_plan(plan_)
+
+
+def check_holds(guards: Collection[ValueGuard], module: nn.Module) -> None:
+    """Raise PlanError where a given plan goes by guards that do not hold of a module's values."""
+    wrong = broken_guards(guards, module)
+    if wrong:
+        raise PlanError(
+            f"the plan does not fit: its {wrong[0].implementation!r} is not accurate for the values of {wrong[0]}. "
+            "Plan anew with a budget"
+        )
 
 
 def solve_for(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -18,6 +19,7 @@ from .capture import Capture, capture, device_of, refusing
 from .cost import CostModel, cost_model, workspace_of
 from .decisions import Origin, Plan
 from .errors import CaptureError
+from .guards import ValueGuard, is_offered
 from .lowering import Lowered, lower
 from .measuring import attached_outputs
 from .order import Order
@@ -137,12 +139,13 @@ def prepare(
     inplace: bool = True,
     recompute: bool = True,
     everywhere: bool = False,
-    withheld: Collection[tuple[str, ...]] | None = None,
+    holds: Callable[[ValueGuard], bool] | None = None,
 ) -> Prepared:
-    """Capture a module and run every pass that needs no budget. everywhere, withheld: see `OfferImplementations`."""
+    """Capture a module and run every pass that needs no budget. everywhere, holds: see `OfferImplementations`; guards are asked
+    about the module's values where the latter is not given."""
     if not (output_gradients is None or isinstance(output_gradients, Iterable)):
         raise CaptureError(f'output_gradients={output_gradients!r}: allowed are None, "all", or indices, as in (0,)')
-    offer = OfferImplementations(implementations, exactness, everywhere, module, withheld)
+    offer = OfferImplementations(implementations, exactness, everywhere, holds or functools.partial(is_offered, module))
     rewrite, rewrite_backward = (RewriteParts(implementations, exactness, forward) for forward in (True, False))
     started = time.perf_counter()
     device = device_of(module, args, kwargs)
@@ -178,8 +181,8 @@ def prepare(
             graph_pass(captured.joint)
         lowered = _lowered(captured, origin)
         baseline, seconds = baseline or _baseline(captured, model, type(module).__name__), time.perf_counter() - started
-        holds = replace(origin, withheld=captured.joint.meta["fxmem_withheld"])
-        return Prepared(type(module).__name__, captured, device, lowered, baseline, model, seconds, holds)
+        made_for = replace(origin, withheld=captured.joint.meta["fxmem_withheld"])
+        return Prepared(type(module).__name__, captured, device, lowered, baseline, model, seconds, made_for)
 
     plain = finish(captured)
     if other is None:

@@ -15,6 +15,7 @@ from fxmem.cost.operands import real_operands
 from fxmem.cost.roofline import flops, moved_bytes
 from fxmem.errors import CostError
 from fxmem.fake_kernels import FakeTensorMode
+from fxmem.implementations.norm_output import batch_norm_from_output, group_norm_from_output, layer_norm_from_output
 from fxmem.torch_internals import cpu_memory_events, pytree
 
 aten = torch.ops.aten
@@ -290,6 +291,33 @@ def test_workspace_formula_in_every_layout(name, dtype):
         measured, formula = cost_model("measured", CPU).cost_of_call(call).workspace_bytes, workspace_bytes(call)
         assert measured <= formula + (32 << 10), hows
         assert formula <= 2 * measured + (64 << 10) or set(hows) != {"contiguous"}, hows
+
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float64)
+
+
+@pytest.mark.parametrize("weights", [*FLOATS, None], ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_workspace_of_norms_from_their_output(dtype, weights):
+    if weights not in (dtype, None, torch.float32) or (dtype, weights) == (torch.float64, torch.float32):
+        pytest.skip("kernels take no such weights")
+    statistics = torch.float32 if dtype is torch.bfloat16 else dtype
+    mask = [True, weights is not None, weights is not None]
+    for rows, columns in ((4096, 1024), (64, 512), (5, 200_000)):
+        x, rstd = torch.empty(rows, columns, dtype=dtype), torch.empty(rows, 1, dtype=statistics)
+        w = None if weights is None else torch.empty(columns, dtype=weights)
+        _hold_workspace(layer_norm_from_output, x, x, rstd, w, w, [columns], mask)
+    for shape, groups in (((16, 32, 64, 64), 8), ((2, 64, 16, 16), 64), ((256, 512, 2, 2), 2)):
+        x, rstd = torch.empty(shape, dtype=dtype), torch.empty(shape[0], groups, dtype=statistics)
+        w = None if weights is None else torch.empty(shape[1], dtype=weights)
+        _hold_workspace(group_norm_from_output, x, x, rstd, w, w, groups, mask)
+        _hold_workspace(batch_norm_from_output, x, x, torch.empty(shape[1], dtype=statistics), w, w, mask)
+
+
+def _hold_workspace(target, *args) -> None:
+    call = fake_call(target, *args)
+    measured = cost_model("measured", CPU).cost_of_call(call).workspace_bytes
+    assert measured <= workspace_bytes(call) <= 4 * measured + (1 << 20), (target, args[0].shape)
 
 
 @pytest.mark.parametrize("target", [aten.relu.default, aten.max_pool2d_with_indices.default, aten.add.Tensor])

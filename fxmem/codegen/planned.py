@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..errors import CaptureError, FxmemError
 from ..graph_meta import clean_path
-from ..guards import ValueGuard, broken
+from ..guards import ValueGuard, broken_guards
 from ..torch_internals import attribute_at, is_being_traced, pytree, spec_from_data, spec_to_data, tensors_in
 from .calls import Call, canonical_call
 from .runtime import Region
@@ -118,8 +118,8 @@ class PlannedModule(fx.GraphModule):
         guards: Collection[ValueGuard] = (),
     ):
         super().__init__({}, fx.Graph(), type(source).__name__)
-        self.__dict__.update(_source=source, _call=call, _guards=guards, _plan=plan)
-        self.__dict__.update(_replan=replan, _infer=infer, _variants={})
+        self.__dict__.update(_source=source, _call=call, _guards=guards, _plan=plan, _replan=replan, _infer=infer)
+        self.__dict__.update(_variants={}, _others=[], _withheld=frozenset())
         # One set of tensors for both: what moves or swaps the parameters of one does so for the other.
         self._parameters, self._buffers = source._parameters, source._buffers
         self._non_persistent_buffers_set = source._non_persistent_buffers_set
@@ -152,8 +152,8 @@ class PlannedModule(fx.GraphModule):
         """Let go of the memory of all arenas (those that a step is using, when it is over); the next step allocates anew."""
         if self.regions[0].arenas is not None:
             self.regions[0].arenas.release()
-        for variant in filter(None, self._variants.values()):
-            variant.release_arena()
+        for other in (*filter(None, self._variants.values()), *self._others):
+            other.release_arena()
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -186,15 +186,18 @@ class PlannedModule(fx.GraphModule):
         if not self._needs_gradients(args, kwargs):
             return self._alone(self._without_gradients(args, kwargs))(*args, **kwargs)
         call = self._call.again(self._source, args, kwargs)
-        if self._call.serves(call) and not broken(self._guards, self._source):
-            self._alone(self)
-            self.regions.follow(self._source)
-            return super().__call__(*args, **kwargs)
-        return self._alone(self._variant(call, args, kwargs))(*args, **kwargs)
+        if not self._call.serves(call):
+            return self._alone(self._variant(call, args, kwargs))(*args, **kwargs)
+        broken = broken_guards(self._guards, self._source)
+        if broken:
+            return self._alone(self._for_other_values(broken, args, kwargs))(*args, **kwargs)
+        self._alone(self)
+        self.regions.follow(self._source)
+        return super().__call__(*args, **kwargs)
 
     def _alone(self, runs: nn.Module) -> nn.Module:
         """What runs next, with no arena kept but its own: each was planned as if there were no other."""
-        for other in (self, *self._variants.values()):
+        for other in (self, *self._variants.values(), *self._others):
             if isinstance(other, PlannedModule) and other is not runs and other.regions[0].arenas is not None:
                 other.regions[0].arenas.keep_none()
         return runs
@@ -243,9 +246,27 @@ class PlannedModule(fx.GraphModule):
             self._share_hooks(self._variants[call])
         return self._variants[call]
 
+    def _for_other_values(self, broken: list[ValueGuard], args: tuple, kwargs: dict) -> nn.Module:
+        """Another plan of the same call, whose guards hold; where there is none, one that goes by none that ever was broken, so
+        that there are never more plans than guards."""
+        for other in self._others:
+            found = broken_guards(other._guards, self._source)
+            if not found:
+                return other
+            broken = [*broken, *found]
+        self.__dict__["_withheld"] |= {guard.key for guard in broken}
+        first = broken[0]
+        log.warning(
+            "%s is called with values of %s for which %s is not accurate: planning anew, without that",
+            self._get_name(),
+            first if len(broken) == 1 else f"{first} and others",
+            first.implementation,
+        )
+        self._others.append(self._replan(self._source, args, kwargs, withheld=self._withheld))
+        self._share_hooks(self._others[-1])
+        return self._others[-1]
+
     def _what_differs(self, call: Call) -> str:
-        if self._call.serves(call):
-            return f"values of {broken(self._guards, self._source)[0]} for which its implementations are not accurate"
         moved = [path for (path, now), (_, then) in zip(call.read, self._call.read, strict=True) if now != then]
         others = f"another {clean_path(moved[0])!r}" if moved else "other shapes, modes or dtypes"
         return f"{others} than it was planned for"

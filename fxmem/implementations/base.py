@@ -36,15 +36,15 @@ class Call:
 class Guard:
     """What has to hold of the values of parameters and buffers wherever a Choice runs.
 
-    nearness: a function that is given these tensors, importable by its name: how near they are to where the Choice is not as
-        accurate any more, as a tensor of one number, which is 1 there.
+    share_of_limit: a function that is given these tensors, importable by its name, or an object that pickles: the share of a
+        limit that the worst of their values uses, as a tensor of one number. Up to 1 the Choice is as accurate as it says.
     tensors: placeholders of the graph.
 
-    The Choice is offered where that number is a half at most (see `guards`). A step that was planned with it is planned anew
-    where a call finds more than 1.
+    The Choice is offered up to `guards.OFFERED_UP_TO`; a step that was planned with it is planned anew where a call finds more
+    than `guards.HOLDS_UP_TO`, or NaN.
     """
 
-    nearness: Callable[..., torch.Tensor]
+    share_of_limit: Callable[..., torch.Tensor]
     tensors: tuple[fx.Node, ...]
 
 

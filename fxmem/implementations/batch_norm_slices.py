@@ -84,7 +84,7 @@ def _parts_of(call: OpCall, begin: int, end: int) -> list[OpCall]:
     """The backward of some channels, and the copies of operands and result."""
     args = _of_channels(begin, end, *call.args)
     made = torch.empty_like(args[1])
-    copies = [OpCall(aten.clone.default, (t,), out=t, on_gpu=call.on_gpu) for t in (*args[:2], made)]
+    copies = [OpCall(aten.clone.default, (t,), out=torch.empty_like(t), on_gpu=call.on_gpu) for t in (*args[:2], made)]
     return [OpCall(BACKWARD, args, out=(made, *_parameter_gradients(*args)), on_gpu=call.on_gpu), *copies]
 
 

@@ -250,7 +250,7 @@ def _piece(call: OpCall) -> list[OpCall]:
         OpCall(aten.mul.Tensor, (wide, factor), out=torch.empty_like(wide)),
         *([OpCall(aten.mm.default, (piece, weight.t()), out=x[:rows])] if wanted[0] else []),
         *([OpCall(aten.addmm.default, (d_weight, *pair), out=torch.empty_like(d_weight))] if wanted[1] else []),
-        *([OpCall(aten.sum.dim_IntList, (piece, [0], True), out=wide[:1])] if wanted[2] else []),
+        *([OpCall(aten.sum.dim_IntList, (piece, [0], True), out=torch.empty_like(wide[:1]))] if wanted[2] else []),
     ]
 
 

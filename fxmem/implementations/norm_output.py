@@ -4,6 +4,9 @@ The output is y = n * weight + bias, n the normalized input, so n is (y - bias) 
 where no bias is much larger than its weight, and nothing at all where a weight is zero (residual blocks often begin so, weight
 decay leads there). So a `Guard` watches the weights: where they come too near to that, norms go backward from the input.
 
+What is rounded alike in all of a channel adds up in the weight's gradient. So batch and group norms bear less than layer norms,
+and none bears a type of 16 bits where that gradient is wanted.
+
 A batch norm's weights are of channels, as its statistics are, and PyTorch's own backward takes the output for an input with
 other statistics. Layer and group norms have statistics of rows and images: some of these at a time are divided by the weights,
 while they are in the cache.
@@ -11,11 +14,10 @@ while they are in the cache.
 
 from __future__ import annotations
 
-import functools
 import math
 import operator
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
@@ -24,13 +26,13 @@ from ..cost.base import OpCall
 from ..cost.copies import LOW_PRECISION
 from ..cost.roofline import PARTS
 from ..cost.workspace import workspace_bytes
-from ..graph_meta import result_of
+from ..graph_meta import is_backward, readers, result_of
 from .base import Call, Choice, Guard, register_implementation
 from .operators import alike, chunks, define, define_inplace
 
 aten = torch.ops.aten
 BATCH, LAYER, GROUP = (getattr(aten, f"native_{kind}_norm_backward").default for kind in ("batch", "layer", "group"))
-LARGEST_BIAS = 8.0  # times its weight: from 16 on, errors come near four times the plain operator's
+LARGEST_BIAS = {LAYER: 4.0, BATCH: 1.0, GROUP: 0.5}  # times its weight: from twice as much on, errors may be too large
 PIECE_BYTES = 1 << 21  # a few of them are in a CPU's cache
 LEAST_PIECES = 4
 OPERANDS = "Tensor gradient, Tensor result, Tensor rstd, Tensor? weight, Tensor? bias"
@@ -38,60 +40,85 @@ OPERANDS = "Tensor gradient, Tensor result, Tensor rstd, Tensor? weight, Tensor?
 
 @register_implementation("layer_norm_output", LAYER, exactness="accurate")
 def layer_norm_output(node: fx.Node) -> Choice | None:
-    """The output, as long as no weight is near zero: it tells the normalized input."""
+    """The output, where something else keeps it and no weight is near zero: it tells the normalized input."""
     shape, rstd, mask = node.args[2], node.args[4], node.args[7]
-    if not node.args[0].meta["val"].is_contiguous():
-        return None
-    return _from_output(node, rstd, slice(2, 4), mask, layer_norm_from_output, list(shape))
+    if not node.args[0].meta["val"].is_contiguous() or node.args[0].meta["val"].dtype is torch.float16:
+        return None  # the gradient of the normalized input, before it is scaled, may be beyond its range
+    return _from_output(node, rstd, slice(2, 4), layer_norm_from_output, list(shape), list(mask))
 
 
 @register_implementation("group_norm_output", GROUP, exactness="accurate")
 def group_norm_output(node: fx.Node) -> Choice | None:
-    """The output, as long as no weight is near zero: it tells the normalized input."""
-    return _from_output(node, node.args[3], slice(1, 3), node.args[9], group_norm_from_output, node.args[8])
+    """The output, where something else keeps it and no weight is near zero: it tells the normalized input."""
+    rstd, groups, mask = node.args[3], *node.args[8:10]
+    if node.args[0].meta["val"].dtype is torch.float16:
+        return None  # as for layer norms
+    return _from_output(node, rstd, slice(1, 3), group_norm_from_output, groups, list(mask))
 
 
 @register_implementation("batch_norm_output", BATCH, exactness="accurate")
 def batch_norm_output(node: fx.Node) -> Choice | None:
-    """The output, as long as no weight is near zero: it tells the normalized input."""
+    """The output, where something else keeps it and no weight is near zero: it tells the normalized input."""
     rstd, training, mask = node.args[6], node.args[7], node.args[9]
-    return _from_output(node, rstd, slice(1, 3), mask, batch_norm_from_output) if training else None
+    return _from_output(node, rstd, slice(1, 3), batch_norm_from_output, list(mask)) if training else None
 
 
-def _from_output(node: fx.Node, rstd: fx.Node, affine: slice, mask: list[bool], target, *args) -> Choice | None:
-    """`target` of the gradient, the norm's output, its inverse deviation, weight and bias. affine: where the forward has the
-    latter."""
+def _from_output(node: fx.Node, rstd: fx.Node, affine: slice, target, *rest) -> Choice | None:
+    """`target` of the gradient, the norm's output, its inverse deviation, weight and bias, and the rest. affine: where the
+    forward has weight and bias."""
     forward = rstd.args[0] if isinstance(rstd, fx.Node) and rstd.target is operator.getitem else None
-    item = result_of(node, 0)
-    result = None if forward is None else result_of(forward, 0)
-    if result is None or item is None or not mask[0]:
+    result, made, mask = forward and result_of(forward, 0), result_of(node, 0), rest[-1]
+    if result is None or made is None or not mask[0] or not _is_kept(result):
         return None
     value, (weight, bias) = result.meta["val"], forward.args[affine]
-    if not (alike(node.args[0].meta["val"], value, item.meta["val"]) and value.numel()) or (
-        weight is None and bias is not None
-    ):
+    if not alike(node.args[0].meta["val"], value, made.meta["val"]) or not value.numel():
         return None
-    guard = guard_of_weights(value.dtype, weight, bias) if weight is not None else None
-    return Choice(backward=Call(target, (node.args[0], result, rstd, weight, bias, *args, list(mask))), guard=guard)
+    if (weight is None and bias is not None) or (mask[1] and value.dtype in LOW_PRECISION):
+        return None
+    guard = guard_of_weights(value.dtype, weight, bias, LARGEST_BIAS[node.target]) if weight is not None else None
+    return Choice(backward=Call(target, (node.args[0], result, rstd, weight, bias, *rest)), guard=guard)
 
 
-def guard_of_weights(dtype: torch.dtype, weight: fx.Node, bias: fx.Node | None = None) -> Guard:
-    """That an output of this type tells what was multiplied by the weights."""
+def _is_kept(result: fx.Node) -> bool:
+    """Whether anything else in the backward reads the output. Where only a ReLU behind it does in the forward, the input is as
+    good: that is made again from it in one pass, too (see `chains`)."""
+    return any(is_backward(reader) and "fxmem_offers" not in reader.meta for reader in readers(result))
+
+
+def guard_of_weights(dtype: torch.dtype, weight: fx.Node, bias: fx.Node | None = None, largest_bias: float = math.inf) -> Guard:
+    """That an output of this type tells what was multiplied by the weights before the bias was added."""
     limits = torch.finfo(dtype)
-    floor = max(math.sqrt(limits.tiny), limits.tiny / limits.eps)  # below it, squares of weights or their products lose digits
-    return Guard(functools.partial(nearness, floor), (weight,) if bias is None else (weight, bias))
+    least = max(limits.tiny**0.25, limits.tiny / limits.eps)  # below it, squares of weights or their products lose digits
+    return Guard(WeightLimits(least, largest_bias), (weight,) if bias is None else (weight, bias))
 
 
-def nearness(floor: float, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """How near weights are to where the output does not tell the normalized input any more, which it does up to 1. floor: the
-    smallest weight that can be divided by; its inverse is the largest."""
-    size = weight.abs()
-    found = torch.maximum(floor / size, floor * size)
-    return found.max() if bias is None else torch.maximum(found, bias.abs() / (LARGEST_BIAS * size)).max()
+@dataclass(frozen=True)
+class WeightLimits:
+    """Called with weight and bias: how much of what they may be they are. least: the smallest weight; its inverse is the
+    largest. largest_bias: times its weight."""
+
+    least: float
+    largest_bias: float
+
+    def __call__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        size = weight.abs()
+        shares = torch.maximum(self.least / size, self.least * size)
+        return (shares if bias is None else torch.maximum(shares, bias.abs() / (self.largest_bias * size))).max()
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in LOW_PRECISION else dtype
+
+
+def _wanted(of_parameters, gradient, result, rstd, weight, bias, *rest) -> list[torch.Tensor | None]:
+    """The gradients of weight and bias, as these are, where they are wanted."""
+    pairs = zip(of_parameters, (weight, bias), rest[-1][1:], strict=True)
+    return [found.to(p.dtype).view_as(p) if wanted else None for found, p, wanted in pairs]
+
+
+def _empty_results(gradient, result, rstd, weight, bias, *rest) -> tuple[torch.Tensor | None, ...]:
+    of_parameters = (torch.empty_like(p) if wanted else None for p, wanted in zip((weight, bias), rest[-1][1:], strict=True))
+    return torch.empty_like(result), *of_parameters
 
 
 def _batch_call(gradient, result, rstd, weight, bias, mask) -> OpCall:
@@ -109,29 +136,21 @@ def _batch_norm(*args) -> tuple[torch.Tensor | None, ...]:
     return made, *_wanted(of_parameters, *args)
 
 
-def _wanted(of_parameters, gradient, result, rstd, weight, bias, *rest) -> list[torch.Tensor | None]:
-    """The gradients of weight and bias, as these are, where they are wanted."""
-    pairs = zip(of_parameters, (weight, bias), rest[-1][1:], strict=True)
-    return [found.to(p.dtype).view_as(p) if wanted else None for found, p, wanted in pairs]
+def _batch_parts(call: OpCall) -> list[OpCall]:
+    return [replace(_batch_call(*call.args), out=call.out, on_gpu=call.on_gpu)]
 
 
-def _room(gradient, result, rstd, weight, bias, *rest) -> tuple[torch.Tensor | None, ...]:
-    of_parameters = (torch.empty_like(p) if wanted else None for p, wanted in zip((weight, bias), rest[-1][1:], strict=True))
-    return torch.empty_like(result), *of_parameters
+def _batch_workspace(call: OpCall) -> int:
+    """PyTorch's, and eight numbers at most for each channel: statistics, and gradients before they are of the weights' type."""
+    return workspace_bytes(_batch_parts(call)[0]) + 8 * _wide(call.args[1].dtype).itemsize * call.args[1].shape[1]
 
 
 batch_norm_from_output = define(
     f"batch_norm_backward_from_output({OPERANDS}, bool[3] mask) -> (Tensor, Tensor, Tensor)",
     _batch_norm,
-    _room,
-    lambda call: workspace_bytes(_batch_parts(call)[0]) + 4 * 4 * call.args[1].shape[1],
+    _empty_results,
+    _batch_workspace,
 )
-
-
-def _batch_parts(call: OpCall) -> list[OpCall]:
-    return [replace(_batch_call(*call.args), out=call.out, on_gpu=call.on_gpu)]
-
-
 PARTS[batch_norm_from_output.overloadpacket] = _batch_parts
 
 
@@ -139,21 +158,21 @@ def _rows(gradient, result, rstd, weight, bias, shape, mask) -> tuple:
     """What a layer norm's backward takes, as rows, and that backward of rows that are normalized already."""
     columns = [math.prod(shape)]
 
-    def backward(gradient, normalized, rstd, weight, bias) -> OpCall:
+    def backward_call(gradient, normalized, rstd, weight, bias) -> OpCall:
         return OpCall(LAYER, (gradient, normalized, columns, *_neutral(rstd), weight, bias, mask))
 
     rows = (t.view(-1, *columns) for t in (gradient, result))
-    return *rows, rstd.view(-1, 1), *(None if p is None else p.view(columns) for p in (weight, bias)), backward
+    return *rows, rstd.view(-1, 1), *(None if p is None else p.view(columns) for p in (weight, bias)), backward_call
 
 
 def _images(gradient, result, rstd, weight, bias, groups, mask) -> tuple:
     """What a group norm's backward takes, and that backward of images that are normalized already."""
 
-    def backward(gradient, normalized, rstd, weight, bias) -> OpCall:
+    def backward_call(gradient, normalized, rstd, weight, bias) -> OpCall:
         sizes = *gradient.shape[:2], math.prod(gradient.shape[2:]), groups
         return OpCall(GROUP, (gradient, normalized, *_neutral(rstd), weight, *sizes, mask))
 
-    return gradient, result, rstd, weight, bias, backward
+    return gradient, result, rstd, weight, bias, backward_call
 
 
 def _neutral(rstd: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -162,19 +181,26 @@ def _neutral(rstd: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _fill(arrange: Callable[..., tuple], made: torch.Tensor, *args) -> tuple[torch.Tensor | None, ...]:
-    """All gradients; that of the input into `made`, which may be the output's or the output."""
-    gradient, result, rstd, *parameters, backward = arrange(*args)
+    """All gradients. made: where the input's is written; it may be the memory of the output's, or of the output, of which each
+    piece is read before it is written over."""
+    gradient, result, rstd, *parameters, backward_call = arrange(*args)
     wide = _wide(result.dtype)
     sums = [torch.zeros_like(p, dtype=wide) if wanted else None for p, wanted in zip(parameters, args[-1][1:], strict=True)]
     for begin, end in _pieces(result):
-        normalized = _normalized(result[begin:end], *parameters)
-        call = backward(gradient[begin:end], normalized, rstd[begin:end], *parameters)
-        part, *of_parameters = call.target(*call.args)
-        torch.mul(*_grouped(part, rstd[begin:end]), out=_grouped(made.view(result.shape)[begin:end], rstd[begin:end])[0])
-        for total, found in zip(sums, of_parameters, strict=True):
-            if total is not None:
-                total += found
+        pieces = (t[begin:end] for t in (made.view(result.shape), gradient, result, rstd))
+        _fill_piece(*pieces, parameters, backward_call, sums)
     return made, *_wanted(sums, *args)
+
+
+def _fill_piece(made, gradient, result, rstd, parameters, backward_call, sums) -> None:
+    """A function of its own, so that nothing of a piece is there with the next one."""
+    call = backward_call(gradient, _normalized(result, *parameters), rstd, *parameters)
+    part, *of_parameters = call.target(*call.args)
+    scale = rstd if rstd.shape[1] == 1 else rstd.repeat_interleave(part.shape[1] // rstd.shape[1], 1)
+    torch.mul(part, scale.view(*scale.shape, *[1] * (part.dim() - 2)), out=made)
+    for total, found in zip(sums, of_parameters, strict=True):
+        if total is not None:
+            total += found
 
 
 def _pieces(result: torch.Tensor) -> list[tuple[int, int]]:
@@ -185,43 +211,43 @@ def _pieces(result: torch.Tensor) -> list[tuple[int, int]]:
 
 
 def _normalized(result, weight, bias) -> torch.Tensor:
+    """First the bias, then the weight: so no rounding is the same for a whole channel."""
     if weight is None:
         return result
-    divisor, *shift = (p.view(-1, *[1] * (result.dim() - 2)) for p in (weight, bias) if p is not None)
-    shift = shift[0] / -divisor if shift else torch.zeros_like(divisor)
-    return torch.addcdiv(shift, result, divisor).to(result.dtype)
+    weight, bias = (p if p is None else p.view(-1, *[1] * (result.dim() - 2)) for p in (weight, bias))
+    made = result.to(_wide(result.dtype))
+    return (made / weight if bias is None else (made - bias).div_(weight)).to(result.dtype)
 
 
-def _grouped(tensor: torch.Tensor, rstd: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows or images with a dimension for their groups, and the inverse deviation of each."""
-    apart = tensor.unflatten(1, (rstd.shape[1], -1))
-    return apart, rstd.view(*rstd.shape, *[1] * (apart.dim() - 2))
-
-
-def _define(name: str, more: str, arrange: Callable[..., tuple]):
+def _define(name: str, extra_arguments: str, arrange: Callable[..., tuple]):
     """The operator, its forms in place, and its costs."""
-    rest = f"Tensor rstd, Tensor? weight, Tensor? bias, {more}, bool[3] mask"
+    rest = f"Tensor rstd, Tensor? weight, Tensor? bias, {extra_arguments}, bool[3] mask"
 
     def parts(call: OpCall) -> list[OpCall]:
         """What runs over all rows or images: on a CPU less, as they are in the cache."""
-        gradient, result, rstd, *parameters, backward = arrange(*call.args)
-        whole = replace(backward(gradient, result, rstd, *parameters), out=call.out, on_gpu=call.on_gpu)
-        scaled = OpCall(aten.mul.Tensor, (result, rstd), out=result, on_gpu=call.on_gpu)
-        divided = OpCall(aten.addcdiv.default, (parameters[0], result, parameters[0]), out=result, on_gpu=call.on_gpu)
-        return [whole, scaled] if parameters[0] is None else [divided, whole, scaled]
+        gradient, result, rstd, *parameters, backward_call = arrange(*call.args)
+        whole = replace(backward_call(gradient, result, rstd, *parameters), out=call.out, on_gpu=call.on_gpu)
+        copy = OpCall(aten.clone.default, (result,), out=torch.empty_like(result), on_gpu=call.on_gpu)
+        return [whole, copy, *[copy for parameter in parameters if parameter is not None]]
 
     def workspace(call: OpCall) -> int:
-        """A piece of the normalized input and of its gradient, what makes these, and sums."""
-        gradient, result, rstd, *parameters, backward = arrange(*call.args)
-        begin, end = _pieces(result)[0]
-        piece = backward(gradient[begin:end], result[begin:end], rstd[begin:end], *parameters)
-        inside = workspace_bytes(replace(piece, out=result[begin:end], on_gpu=call.on_gpu))
-        return inside + 2 * result[begin:end].nbytes + 2 * rstd[begin:end].nbytes + 4 * 4 * result.shape[1]
+        """A piece of the normalized input and of its gradient, what makes these, and a few numbers for each row and column."""
+        gradient, result, rstd, *parameters, backward_call = arrange(*call.args)
+        begin, end = max(_pieces(result), key=lambda piece: piece[1] - piece[0])
+        piece, wide = result[begin:end], _wide(result.dtype)
+        made = torch.empty_like(piece)
+        inside = replace(backward_call(gradient[begin:end], piece, rstd[begin:end], *parameters), out=made, on_gpu=call.on_gpu)
+        widened_bytes = 0 if wide is result.dtype else 2 * piece.numel() * wide.itemsize
+        numbers = 3 * rstd[begin:end].numel() + math.prod(piece.shape[:2]) * (result.dim() > 2)
+        if parameters[0] is None:
+            return piece.nbytes + max(widened_bytes, workspace_bytes(inside)) + numbers * wide.itemsize
+        numbers += 8 * result.shape[1]
+        return 2 * piece.nbytes + max(widened_bytes, workspace_bytes(inside)) + numbers * wide.itemsize
 
     made = define(
         f"{name}(Tensor gradient, Tensor result, {rest}) -> (Tensor, Tensor, Tensor)",
         lambda gradient, result, *args: _fill(arrange, torch.empty_like(result), gradient, result, *args),
-        _room,
+        _empty_results,
         workspace,
     )
     define_inplace(

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from torch import fx, nn
+from torch import fx
 
 from ..errors import ImplementationError
 from ..graph_meta import StorageInfo, is_backward, require, rounded, source_of
-from ..guards import OFFERED, ValueGuard, broken
+from ..guards import ValueGuard
 from ..implementations import CODE, Call, Choice, Guard, Implementation, Rewrite, choose_implementations
 from ..torch_internals import pytree, tensors_in
 from .base import Pass, fake_result, layouts, told
@@ -22,10 +22,9 @@ class OfferImplementations(Pass):
     a backward node's result ("alternative"), the latter two with `meta["fxmem_stands_for"]`, the node that they stand for;
     all with `meta["fxmem_implementation"]`.
 
-    names, exactness: as for `fxmem.transform`. everywhere: whatever `least_bytes` an implementation has. module: whose values
-    guards look at; None: all guards hold. withheld: names of the tensors of which guards do not hold, where that is known.
-    Needs ShapeProp. What of an offer's guard has to hold at each call stands in its `meta["fxmem_guard"]`, the names of the
-    tensors of which guards do not hold in the graph module's `meta["fxmem_withheld"]`.
+    names, exactness: as for `fxmem.transform`. everywhere: whatever `least_bytes` an implementation has. holds: whether a guard
+    does; where it is not given, what has one is not offered. Needs ShapeProp. What has to hold at each call stands in
+    `meta["fxmem_guard"]` of an offer, the keys of guards that do not hold in the graph module's `meta["fxmem_withheld"]`.
     Raises ImplementationError for a name that is not known, and, naming it, for an implementation that fails. One that makes
     something of another shape, layout or type is not offered; `meta["fxmem_not_offered"]` says why, for the first such place of
     each.
@@ -36,16 +35,15 @@ class OfferImplementations(Pass):
         names: Sequence[str] | None = None,
         exactness: str = "bitwise",
         everywhere: bool = False,
-        module: nn.Module | None = None,
-        withheld: Collection[tuple[str, ...]] | None = None,
+        holds: Callable[[ValueGuard], bool] = lambda guard: False,
     ):
         super().__init__()
         self.implementations, self.everywhere = choose_implementations(names, exactness), everywhere
-        self.module, self.withheld = module, withheld
+        self.holds = holds
 
     def apply(self, graph_module: fx.GraphModule) -> bool:
         require(graph_module, "fxmem_storages", "ShapeProp")
-        offers = _Offers(graph_module, self._holds)
+        offers = _Offers(graph_module, self.holds)
         for node in [n for n in graph_module.graph.nodes if n.op == "call_function"]:
             for implementation in self.implementations:
                 if self._is_for(implementation, node):
@@ -55,11 +53,6 @@ class OfferImplementations(Pass):
         graph_module.meta["fxmem_offers_everywhere"] = self.everywhere
         graph_module.meta["fxmem_withheld"] = tuple(sorted(offers.withheld))
         return offers.added
-
-    def _holds(self, guard: ValueGuard) -> bool:
-        if self.withheld is not None:
-            return guard.names not in self.withheld
-        return self.module is None or not broken((guard,), self.module, OFFERED)
 
     def _is_for(self, implementation: Implementation, node: fx.Node) -> bool:
         if node.target not in implementation.serves or implementation.forward == is_backward(node):
@@ -113,12 +106,12 @@ class _Offers:
         if choice.encode and not self._encodes_forward(choice.encode):
             self._refuse(implementation, node, "it encodes results of more than one operator, or of the backward")
             return
-        guard = self._guard(choice.guard)
+        guard = self._guard(choice.guard, implementation)
         if choice.guard and not guard:
             self._refuse(implementation, node, "its guard is of what is neither parameter nor buffer")
             return
         if guard and not self.holds(guard):
-            self.withheld.add(guard.names)
+            self.withheld.add(guard.key)
             self._refuse(implementation, node, f"its guard does not hold of the values of {guard}")
             return
         code = self._encoder(choice.encode, implementation) if choice.encode else None
@@ -162,11 +155,12 @@ class _Offers:
     def _place(self, node: fx.Node) -> int:
         return self.order[node]
 
-    def _guard(self, guard: Guard | None) -> ValueGuard | None:
+    def _guard(self, guard: Guard | None, implementation: Implementation) -> ValueGuard | None:
+        """None where there is none, and where it is of anything else than parameters and buffers."""
         roles = [n.meta.get("fxmem_role") for n in guard.tensors] if guard else []
         if not roles or not all(role and role.kind in ("parameter", "buffer") for role in roles):
             return None
-        return ValueGuard(guard.nearness, tuple(role.key for role in roles))
+        return ValueGuard(implementation.name, guard.share_of_limit, tuple(role.key for role in roles))
 
     def _stand_in(
         self,
