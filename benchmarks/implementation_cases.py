@@ -22,6 +22,11 @@ class Between(nn.Module):
         return self.layers(4 * self.before(x)) * 2
 
 
+def with_fixed_weight(norm: nn.Module) -> nn.Module:
+    norm.weight.requires_grad_(False)
+    return norm
+
+
 class RowNorm(nn.Module):
     """Over rows of any length, without weights."""
 
@@ -125,9 +130,16 @@ class Upsampled(nn.Module):
 
 CASES: dict[str, Callable[[], nn.Module]] = {
     "layer_norm_output": lambda: Between(nn.Tanh(), RowNorm(), nn.SiLU(), OfPixels(nn.LayerNorm(4)), nn.SiLU()),
-    "group_norm_output": lambda: Between(nn.Tanh(), nn.GroupNorm(2, 4, affine=False), nn.SiLU(), nn.GroupNorm(2, 4), nn.SiLU()),
+    "group_norm_output": lambda: Between(
+        nn.Tanh(), nn.GroupNorm(2, 4, affine=False), nn.SiLU(), with_fixed_weight(nn.GroupNorm(2, 4)), nn.SiLU()
+    ),
     "batch_norm_output": lambda: Between(
-        nn.Tanh(), nn.BatchNorm2d(4, affine=False), nn.SiLU(), nn.InstanceNorm2d(4), nn.BatchNorm2d(4), nn.SiLU()
+        nn.Tanh(),
+        nn.BatchNorm2d(4, affine=False),
+        nn.SiLU(),
+        nn.InstanceNorm2d(4),
+        with_fixed_weight(nn.BatchNorm2d(4)),
+        nn.SiLU(),
     ),
     "rms_norm_input": lambda: Between(nn.Flatten(2), RowNorm(nn.functional.rms_norm), nn.Tanh(), RMSNorm(4), nn.SiLU()),
     "rms_norm_output": lambda: Between(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx, nn
 
+from .errors import ImplementationError
 from .torch_internals import FakeTensor
 
 HOLDS_UP_TO = 1.0
@@ -39,15 +40,24 @@ def guards_of(graph: fx.Graph) -> tuple[ValueGuard, ...]:
 @torch.no_grad()
 def broken_guards(guards: Collection[ValueGuard], module: nn.Module, limit: float = HOLDS_UP_TO) -> list[ValueGuard]:
     """The guards whose share is above the limit, or NaN, and those of tensors that the module does not have. What fake or meta
-    tensors would be is not known: it holds."""
+    tensors would be is not known: it holds. Raises ImplementationError, naming it, for a guard that fails."""
     tensors = {guard: [_tensor_at(module, name) for name in guard.names] for guard in guards}
     missing = [guard for guard, found in tensors.items() if any(t is None for t in found)]
-    shares = {guard: guard.share_of_limit(*found) for guard, found in tensors.items() if guard not in missing}
+    shares = {guard: _share(guard, found) for guard, found in tensors.items() if guard not in missing}
     known = {guard: share for guard, share in shares.items() if not (share.is_meta or isinstance(share, FakeTensor))}
     if not known:
         return missing
-    values = torch.stack([share.float() for share in known.values()]).tolist()  # a GPU is waited for once
+    values = torch.stack(list(known.values())).tolist()  # a GPU is waited for once
     return [*missing, *(guard for guard, value in zip(known, values, strict=True) if not value <= limit)]
+
+
+def _share(guard: ValueGuard, tensors: list[torch.Tensor]) -> torch.Tensor:
+    try:
+        return torch.as_tensor(guard.share_of_limit(*tensors), device=tensors[0].device).float().reshape(())
+    except Exception as error:
+        raise ImplementationError(
+            f"the guard of implementation {guard.implementation!r} fails on {guard}: {error}; it gives one number"
+        ) from error
 
 
 def is_offered(module: nn.Module, guard: ValueGuard) -> bool:

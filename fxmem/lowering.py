@@ -49,8 +49,7 @@ def lower(graph_module: fx.GraphModule, order: Sequence[int] | None = None) -> L
     if order is not None:
         operators, nodes = [operators[p] for p in order], [nodes[p] for p in order]
     beside = [(n, _dropout_variant(n, o)) for n, o in zip(nodes, operators, strict=True) if "fxmem_variant_cost" in n.meta]
-    everywhere = graph_module.meta.get("fxmem_offers_everywhere", False)
-    beside += _offers(made, {n: p for p, n in enumerate(nodes)}, operators, infos, written, returned, everywhere)
+    beside += _offers(made, {n: p for p, n in enumerate(nodes)}, operators, infos, written, returned)
     problem = Problem(
         storages=tuple(_storage(info) for info in infos),
         operators=(*operators, *(operator for _, operator in beside)),
@@ -69,9 +68,8 @@ def _offers(
     infos: tuple[StorageInfo, ...],
     written: set[int],
     returned: set[int],
-    everywhere: bool,
 ) -> list[tuple[fx.Node, Operator]]:
-    """What `OfferImplementations` has added, encoders first. everywhere: also what is of no use."""
+    """What `OfferImplementations` has added, encoders first."""
     found = []
     for what in ("encoder", "variant", "alternative"):
         for node in made:
@@ -81,18 +79,9 @@ def _offers(
                     index = place[infos[node.meta["fxmem_storages"][0]].node]
                     if set(operators[index].outputs) != set(operator.outputs):
                         continue  # it makes a part of what it would stand for
-                    if not everywhere and _is_useless(operator, operators[index]):
-                        continue
                     operator = replace(operator, replaces=index)
                 found.append((node, operator))
     return found
-
-
-def _is_useless(alternative: Operator, plain: Operator) -> bool:
-    """Whether an alternative reads all that the plain operator reads, and takes no less time, memory or room for its result: a
-    convolution's slices on a GPU, say."""
-    reads_all = set(plain.inputs) <= set(alternative.inputs) and set(alternative.inplace) <= set(plain.inplace)
-    return reads_all and alternative.time_s >= plain.time_s and alternative.workspace_bytes >= plain.workspace_bytes
 
 
 def draws_random_numbers(node: fx.Node) -> bool:

@@ -138,6 +138,35 @@ class Problem:
                 found[replaced] = (*found.get(replaced, ()), p)
         return found
 
+    @cached_property
+    def useful_alternatives(self) -> dict[int, tuple[int, ...]]:
+        """Those alternatives that solvers look at: a search with fewer choices finds more."""
+        useful = {index: tuple(p for p in found if not self._is_useless(p)) for index, found in self.alternatives.items()}
+        return {index: found for index, found in useful.items() if found}
+
+    def _is_useless(self, index: int) -> bool:
+        """Whether an alternative reads all that the operator reads, and takes no less time, memory or room for its result (a
+        convolution's slices on a GPU, say). Or whether it takes more time than to make what it reads again from what the
+        operator reads, which is no larger to keep (a layer norm from its output, where it takes long to divide by weights)."""
+        other, plain = self.operators[index], self.operators[self.program_index(index)]
+        slower_s, inplace = other.time_s - plain.time_s, set(other.inplace) <= set(plain.inplace)
+        instead = set(other.inputs) - set(plain.inputs)
+        spared = set(plain.inputs) - set(other.inputs)
+        if not spared:
+            return inplace and slower_s >= 0 and other.workspace_bytes >= plain.workspace_bytes
+        if max(map(self._size_bytes, spared)) > max(map(self._size_bytes, instead), default=0):
+            return False
+        return math.fsum(self._again_s(s, set(plain.inputs)) for s in instead if self.producers[s]) < slower_s
+
+    def _size_bytes(self, storage: int) -> int:
+        return self.storages[storage].size_bytes
+
+    def _again_s(self, storage: int, kept: set[int]) -> float:
+        """Seconds to make a forward storage again from some that are kept, and from what is always there."""
+        makers = [self.operators[p] for p in self.producers[storage]]
+        fit = (o for o in makers if o.recomputable and all(s in kept or not self.producers[s] for s in o.inputs))
+        return min((o.time_s for o in fit), default=math.inf)
+
     @property
     def _beside(self) -> range:
         return range(self.num_program, len(self.operators))

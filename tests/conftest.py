@@ -1,4 +1,5 @@
-"""Keeps the suite light: one thread, PyTorch's structured trace out of what pytest records, imports out of what is garbage."""
+"""Keeps the suite light: one thread, little effort for least peaks, PyTorch's structured trace out of what pytest records,
+imports out of what is garbage."""
 
 import gc
 import logging
@@ -11,13 +12,8 @@ from fxmem.implementations import IMPLEMENTATIONS
 from fxmem.solvers import minimum
 
 torch.set_num_threads(1)
+minimum.LEAST_EFFORT_S = 2.0  # a least peak is looked for a little, not for the ten seconds that a user is owed
 logging.getLogger("torch.__trace").addFilter(lambda record: False)
-
-
-@pytest.fixture
-def little_effort(monkeypatch):
-    """A least peak that is looked for a little, not for the ten seconds that a user is owed."""
-    monkeypatch.setattr(minimum, "LEAST_EFFORT_S", 2.0)
 
 
 @pytest.fixture

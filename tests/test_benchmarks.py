@@ -96,7 +96,6 @@ def test_solvers_on_a_model_that_is_never_built(capsys, monkeypatch, tmp_path):
     assert capsys.readouterr().out.count("tiny") == 4
 
 
-@pytest.mark.usefixtures("little_effort")
 @pytest.mark.parametrize(("ways", "more"), [(["recompute", "all"], []), (["all"], ["--measure"])])
 def test_ways_of_running_operators(monkeypatch, tmp_path, ways, more):
     monkeypatch.setitem(EXAMPLES, "tiny", lambda: tiny(1024))

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 import fxmem
-from benchmarks.implementation_cases import Between, OfPixels, images
+from benchmarks.implementation_cases import Between, OfPixels, images, with_fixed_weight
 from fxmem.errors import ImplementationError, InfeasibleBudgetError, PlanError
 from fxmem.fake_kernels import FakeTensorMode
 from fxmem.guards import broken_guards
@@ -20,9 +20,10 @@ from fxmem.implementations.norm_output import LARGEST_BIAS
 
 NORMS = {
     "layer_norm_output": lambda: OfPixels(nn.LayerNorm(4)),
-    "group_norm_output": lambda: nn.GroupNorm(2, 4),
-    "batch_norm_output": lambda: nn.BatchNorm2d(4),
+    "group_norm_output": lambda: with_fixed_weight(nn.GroupNorm(2, 4)),
+    "batch_norm_output": lambda: with_fixed_weight(nn.BatchNorm2d(4)),
 }
+fixed_batch_norm = lambda channels: with_fixed_weight(nn.BatchNorm1d(channels))  # noqa: E731
 FREE = {"recompute": False, "exactness": "accurate"}
 X = torch.randn(256, 32, generator=torch.Generator().manual_seed(0))
 
@@ -64,25 +65,53 @@ def weights_of(*numbers: int) -> set[str]:
     return {f"{n}.norm.{of}" for n in numbers for of in ("weight", "bias")}
 
 
-@pytest.mark.parametrize("seed", range(4))
+SHAPE = 16, 4, 10, 12
+INPUTS = {
+    "normal": lambda: torch.randn(SHAPE),
+    "signs": lambda: torch.randint(0, 2, SHAPE) * 2.0 - 1.0,
+    "mostly zeros": lambda: torch.randn(SHAPE) * (torch.rand(SHAPE) < 0.02),
+    "constant channels": lambda: torch.where(torch.arange(4).view(4, 1, 1) < 2, torch.full(SHAPE, 0.37), torch.randn(SHAPE)),
+}
+
+
+@pytest.mark.parametrize("inputs", INPUTS)
 @pytest.mark.parametrize("name", NORMS)
-def test_at_the_limit_it_is_still_accurate(name, seed, monkeypatch):
+def test_at_the_limit_it_is_still_accurate(name, inputs, monkeypatch):
     """With gradients of one sign, so that what is rounded alike in all of a channel adds up."""
     monkeypatch.setattr("fxmem.guards.OFFERED_UP_TO", 1.0)
-    torch.manual_seed(seed)
-    module = nn.Sequential(nn.Tanh(), NORMS[name](), nn.Softplus())
-    weight, bias = module[1].parameters()
+    torch.manual_seed(0)
+    module, x = nn.Sequential(NORMS[name](), nn.Softplus()), INPUTS[inputs]().requires_grad_()
+    weight, bias = module[0].parameters()
     limit = LARGEST_BIAS[IMPLEMENTATIONS[name].serves[0]]
     with torch.no_grad():
         weight.uniform_(0.5, 1.5).mul_(torch.tensor([1.0, -1.0, 1.0, -1.0]))
         bias.copy_(limit * weight.abs() * torch.tensor([0.999, -0.999, 0.999, 0.5]))
-    x = torch.randn(3, 4, 10, 12).requires_grad_()
     assert fxmem.check_implementation(name, module, (x,)).places == 1
-    module.bfloat16()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", NORMS)
+def test_weights_that_get_a_gradient(name, dtype):
+    """There, what is rounded alike adds up to more than is allowed, but for layer norms in float32."""
+    module = nn.Sequential(NORMS[name]().requires_grad_(True), nn.Softplus()).to(dtype)
+    x = torch.randn(SHAPE).to(dtype).requires_grad_()
+    if (name, dtype) == ("layer_norm_output", torch.float32):
+        assert fxmem.check_implementation(name, module, (x,)).places == 1
+        return
     with pytest.raises(ImplementationError, match="applies nowhere"):
-        fxmem.check_implementation(name, module, (x.detach().bfloat16().requires_grad_(),))
-    weight.requires_grad_(False)
-    assert fxmem.check_implementation(name, module, (x.detach().bfloat16().requires_grad_(),)).places == 1
+        fxmem.check_implementation(name, module, (x,))
+    next(module.parameters()).requires_grad_(False)
+    assert fxmem.check_implementation(name, module, (x,)).places == 1
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 10, 12), (3, 4, 10, 1), (3, 4, 1, 1)])
+def test_what_would_read_the_input_all_the_same(shape):
+    """Where the formats of input and gradient cannot be told from strides, PyTorch's step looks at the input."""
+    module = nn.Sequential(
+        *(layer for _ in range(3) for layer in (nn.Conv2d(4, 4, 1), NORMS["group_norm_output"](), nn.SiLU()))
+    )
+    planned = transform(module, (torch.randn(shape),), cost="measured", **FREE)
+    assert fxmem.measure(planned, (torch.randn(shape),)).peak_bytes <= planned.plan.predicted_peak_bytes
 
 
 @pytest.mark.parametrize(
@@ -105,7 +134,7 @@ def test_the_weights_of_an_rms_norm():
     assert fxmem.check_implementation("rms_norm_output", module, (images(),)).places == places - 1
 
 
-@pytest.mark.parametrize("norm", [nn.LayerNorm, lambda n: nn.LayerNorm(n, bias=False), nn.RMSNorm, nn.BatchNorm1d])
+@pytest.mark.parametrize("norm", [nn.LayerNorm, lambda n: nn.LayerNorm(n, bias=False), nn.RMSNorm, fixed_batch_norm])
 def test_less_is_kept_and_nothing_runs_twice(norm):
     module = blocks(norm)
     left_out = [f"-{name}" for name in (*NORMS, "rms_norm_output")]
@@ -292,3 +321,22 @@ def test_a_guard_of_what_is_no_parameter(registered):
 
     with pytest.raises(ImplementationError, match="its guard is of what is neither parameter nor buffer"):
         fxmem.check_implementation("odd", blocks(), (X,))
+
+
+@pytest.mark.parametrize("share", [lambda weight: 1 / 0, lambda weight: None, lambda weight: weight])
+def test_a_guard_that_fails_is_named(share, registered):
+    holds = [True]
+
+    @registered("odd", torch.ops.aten.tanh_backward.default, exactness="accurate")
+    def odd(node):
+        weight = next(n for n in node.graph.nodes if n.meta.get("fxmem_role") and n.meta["fxmem_role"].key == "1.wide.weight")
+        guard = Guard(lambda weight: 0.5 if holds else share(weight), (weight,))
+        return Choice(backward=Call(node.target, node.args), guard=guard)
+
+    module = blocks()
+    assert fxmem.check_implementation("odd", module, (X,)).places == 3
+    holds.clear()
+    with pytest.raises(
+        ImplementationError, match="'odd' fails on .*the guard of implementation 'odd' fails on '1.wide.weight'"
+    ):
+        fxmem.check_implementation("odd", module, (X,))

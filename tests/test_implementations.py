@@ -175,7 +175,6 @@ def test_pool_offsets(kernel, dilation):
     assert torch.equal(max_pool.backward_from_offsets(gradient, offsets, list(x.shape), *window, True), expected)
 
 
-@pytest.mark.usefixtures("little_effort")
 def test_a_bit_saves_what_nobody_else_keeps():
     """Before a pool, neither the ReLU's output nor the pool's indices need be kept: a bit and a byte, or less, will do, where
     the ReLU's gradient is not made before the pool's."""
@@ -196,7 +195,6 @@ def test_a_bit_saves_what_nobody_else_keeps():
     assert any("max_pool" in name for name in names) and any("_relu_" in name for name in names)
 
 
-@pytest.mark.usefixtures("little_effort")
 @pytest.mark.parametrize("solver", ["auto", "torch_budget"])
 def test_nothing_runs_twice_without_recompute(solver, tmp_path):
     """Bits, bytes and operators in place save memory by themselves; where that is not enough, the budget is refused."""

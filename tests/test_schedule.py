@@ -6,7 +6,7 @@ import pytest
 from helpers.problems import chain
 
 from fxmem.errors import ProblemError
-from fxmem.problem import Operator, Problem, Storage
+from fxmem.problem import Operator, Problem, Storage, without_recompute
 from fxmem.schedule import Schedule, plain_schedule, simulate
 
 
@@ -74,3 +74,41 @@ def test_an_operator_that_must_run_once_is_not_repeated():
     problem = replace(problem, operators=(once, *problem.operators[1:]))
     with pytest.raises(ProblemError, match="'f0' again, which is not recomputable"):
         simulate(problem, Schedule((0, 1, 2, 0, 3, 4)))
+
+
+@pytest.mark.parametrize(
+    ("again_s", "slower_s", "size_bytes", "useful"),
+    [
+        (1.0, 2.0, 8, False),  # to make again what it reads takes less than it takes more
+        (3.0, 2.0, 8, True),
+        (1.0, 0.0, 8, True),
+        (1.0, 2.0, 4, True),  # the operator reads more than that
+    ],
+)
+def test_an_alternative_that_reads_what_is_soon_made_again(again_s, slower_s, size_bytes, useful):
+    storages = tuple(Storage(name, size) for name, size in (("w", 2), ("x", 8), ("y", size_bytes), ("z", 4), ("g", 4)))
+    operators = (
+        Operator("x", (0,), (1,), 1.0),
+        Operator("y", (1, 0), (2,), again_s),
+        Operator("return", (2,), ()),
+        Operator("z_backward", (2,), (3,), 1.0),
+        Operator("y_backward", (3, 1), (4,), 1.0),
+        Operator("y_backward_from_y", (3, 2), (4,), 1.0 + slower_s, replaces=4),
+    )
+    problem = Problem(storages, operators, num_forward=3, num_program=5, outputs=frozenset({4}))
+    assert problem.useful_alternatives == ({4: (5,)} if useful else {})
+    assert without_recompute(problem).useful_alternatives == problem.alternatives == {4: (5,)}
+
+
+@pytest.mark.parametrize(("workspace_bytes", "inplace", "useful"), [(9, (), False), (8, (), True), (9, ((3, 4),), True)])
+def test_an_alternative_that_reads_all_that_the_operator_reads(workspace_bytes, inplace, useful):
+    storages = tuple(Storage(name, 4) for name in "wxyzg")
+    operators = (
+        Operator("x", (0,), (1,), 1.0),
+        Operator("return", (1,), ()),
+        Operator("z_backward", (1,), (3,), 1.0),
+        Operator("y_backward", (3, 1), (4,), 1.0, 9),
+        Operator("in slices", (3, 1), (4,), 1.5, workspace_bytes, inplace, replaces=3),
+    )
+    problem = Problem(storages, operators, num_forward=2, num_program=4, outputs=frozenset({4}))
+    assert problem.useful_alternatives == ({3: (4,)} if useful else {})

@@ -135,7 +135,6 @@ class Noise(nn.Module):
         return noisy(x)
 
 
-@pytest.mark.usefixtures("little_effort")
 def test_an_operator_of_the_users_that_draws_is_run_again_on_the_same_numbers():
     layers = [layer for _ in range(3) for layer in (nn.Linear(64, 64), Noise(), nn.GELU())]
     planned = assert_drop_in(nn.Sequential(*layers), (torch.randn(512, 64),), budget="min", cost="roofline")
@@ -575,7 +574,6 @@ def test_writes_into_views_and_conjugates_are_counted(make, options):
     assert all(node.target is not torch.ops.aten.copy.default for r in planned.regions for node in r.forward_graph.graph.nodes)
 
 
-@pytest.mark.usefixtures("little_effort")
 def test_a_batch_norm_without_weights_keeps_its_precision_under_autocast():
     """Run again without the running statistics, it would have its own in low precision."""
     layers = [layer for _ in range(3) for layer in (nn.Linear(32, 32), nn.BatchNorm1d(32, affine=False), nn.GELU())]

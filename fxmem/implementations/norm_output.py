@@ -4,8 +4,10 @@ The output is y = n * weight + bias, n the normalized input, so n is (y - bias) 
 where no bias is much larger than its weight, and nothing at all where a weight is zero (residual blocks often begin so, weight
 decay leads there). So a `Guard` watches the weights: where they come too near to that, norms go backward from the input.
 
-What is rounded alike in all of a channel adds up in the weight's gradient. So batch and group norms bear less than layer norms,
-and none bears a type of 16 bits where that gradient is wanted.
+The forward of a batch norm rounds alike in all of a channel (mean and bias are one number there), of a group norm in all of a
+channel of an image. That adds up in the gradient of a weight, to hundreds of times the plain operator's error where a channel
+is constant. So these go backward from their output where their weights get no gradient; layer norms, whose rows are rounded
+apart, do where they get one, too, but not in types of 16 bits.
 
 A batch norm's weights are of channels, as its statistics are, and PyTorch's own backward takes the output for an input with
 other statistics. Layer and group norms have statistics of rows and images: some of these at a time are divided by the weights,
@@ -22,6 +24,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx
 
+from ..codegen.operators import in_format_of
 from ..cost.base import OpCall
 from ..cost.copies import LOW_PRECISION
 from ..cost.roofline import PARTS
@@ -32,7 +35,7 @@ from .operators import alike, chunks, define, define_inplace
 
 aten = torch.ops.aten
 BATCH, LAYER, GROUP = (getattr(aten, f"native_{kind}_norm_backward").default for kind in ("batch", "layer", "group"))
-LARGEST_BIAS = {LAYER: 4.0, BATCH: 1.0, GROUP: 0.5}  # times its weight: from twice as much on, errors may be too large
+LARGEST_BIAS = {LAYER: 4.0, BATCH: 0.125, GROUP: 0.125}  # times its weight: from twice as much on, errors may be too large
 PIECE_BYTES = 1 << 21  # a few of them are in a CPU's cache
 LEAST_PIECES = 4
 OPERANDS = "Tensor gradient, Tensor result, Tensor rstd, Tensor? weight, Tensor? bias"
@@ -40,7 +43,7 @@ OPERANDS = "Tensor gradient, Tensor result, Tensor rstd, Tensor? weight, Tensor?
 
 @register_implementation("layer_norm_output", LAYER, exactness="accurate")
 def layer_norm_output(node: fx.Node) -> Choice | None:
-    """The output, where something else keeps it and no weight is near zero: it tells the normalized input."""
+    """The output, where something else keeps it and no weight is near zero."""
     shape, rstd, mask = node.args[2], node.args[4], node.args[7]
     if not node.args[0].meta["val"].is_contiguous() or node.args[0].meta["val"].dtype is torch.float16:
         return None  # the gradient of the normalized input, before it is scaled, may be beyond its range
@@ -49,7 +52,7 @@ def layer_norm_output(node: fx.Node) -> Choice | None:
 
 @register_implementation("group_norm_output", GROUP, exactness="accurate")
 def group_norm_output(node: fx.Node) -> Choice | None:
-    """The output, where something else keeps it and no weight is near zero: it tells the normalized input."""
+    """The output, where something else keeps it, no weight is near zero, and none gets a gradient."""
     rstd, groups, mask = node.args[3], *node.args[8:10]
     if node.args[0].meta["val"].dtype is torch.float16:
         return None  # as for layer norms
@@ -58,7 +61,7 @@ def group_norm_output(node: fx.Node) -> Choice | None:
 
 @register_implementation("batch_norm_output", BATCH, exactness="accurate")
 def batch_norm_output(node: fx.Node) -> Choice | None:
-    """The output, where something else keeps it and no weight is near zero: it tells the normalized input."""
+    """The output, where something else keeps it, no weight is near zero, and none gets a gradient."""
     rstd, training, mask = node.args[6], node.args[7], node.args[9]
     return _from_output(node, rstd, slice(1, 3), batch_norm_from_output, list(mask)) if training else None
 
@@ -73,8 +76,10 @@ def _from_output(node: fx.Node, rstd: fx.Node, affine: slice, target, *rest) -> 
     value, (weight, bias) = result.meta["val"], forward.args[affine]
     if not alike(node.args[0].meta["val"], value, made.meta["val"]) or not value.numel():
         return None
-    if (weight is None and bias is not None) or (mask[1] and value.dtype in LOW_PRECISION):
+    if (weight is None and bias is not None) or (mask[1] and (node.target is not LAYER or value.dtype in LOW_PRECISION)):
         return None
+    if node.args[0].target is in_format_of:
+        return None  # which reads the input, for its format
     guard = guard_of_weights(value.dtype, weight, bias, LARGEST_BIAS[node.target]) if weight is not None else None
     return Choice(backward=Call(target, (node.args[0], result, rstd, weight, bias, *rest)), guard=guard)
 

@@ -50,7 +50,6 @@ class OfferImplementations(Pass):
                     offers.add(implementation, node)
         graph_module.meta["fxmem_storages"] = tuple(offers.infos)
         graph_module.meta["fxmem_not_offered"] = offers.refused
-        graph_module.meta["fxmem_offers_everywhere"] = self.everywhere
         graph_module.meta["fxmem_withheld"] = tuple(sorted(offers.withheld))
         return offers.added
 

@@ -58,7 +58,7 @@ def milp(task: Task) -> Answer:
 
 def binaries(problem: Problem, compiled: Compiled) -> int:
     """How many binaries the program of a problem has."""
-    alternatives = sum(map(len, problem.alternatives.values()))
+    alternatives = sum(map(len, problem.useful_alternatives.values()))
     return len(problem.backward) * (len(compiled.sizes) + len(compiled.recomputes)) + alternatives + len(problem.encoders)
 
 

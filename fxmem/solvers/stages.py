@@ -335,7 +335,7 @@ def _stages(problem: Problem, bit: dict[int, int], merged: bool) -> tuple[Stage,
             if last[s] == index and s not in bit and s not in problem.outputs and problem.producers[s]
         }
         between, now = now, now + sum(size[s] for s in made_here)
-        options = tuple(_option(problem, p, bit, now, dying) for p in (index, *problem.alternatives.get(index, ())))
+        options = tuple(_option(problem, p, bit, now, dying) for p in (index, *problem.useful_alternatives.get(index, ())))
         now -= sum(size[s] for s in dying)
         if options[0].needs or len(options) > 1 or not merged:
             stages.append(Stage(tuple(operators), options, head, between))

@@ -69,7 +69,7 @@ def least_time_s(problem: Problem, budget_bytes: int, *, ordered: bool) -> float
             if not alive & ~outputs:  # what dies, dies at a use: nothing is kept for show
                 return cost
             continue
-        actions = [(p, done + 1, 0, problem.slower_s(p)) for p in (done, *problem.alternatives.get(done, ()))]
+        actions = [(p, done + 1, 0, problem.slower_s(p)) for p in (done, *problem.useful_alternatives.get(done, ()))]
         if 0 < done <= problem.num_forward and slot == 0:  # still in the forward
             actions += [(p, done, 0, extra_s) for p, extra_s in encoders if not ordered or behind[p] == done - 1]
         if done >= problem.num_forward:
