@@ -129,7 +129,7 @@ class Upsampled(nn.Module):
 
 
 CASES: dict[str, Callable[[], nn.Module]] = {
-    "layer_norm_output": lambda: Between(nn.Tanh(), RowNorm(), nn.SiLU(), OfPixels(nn.LayerNorm(4)), nn.SiLU()),
+    "layer_norm_output": lambda: Between(nn.Tanh(), OfPixels(nn.LayerNorm(4)), nn.SiLU(), RowNorm(), nn.SiLU()),
     "group_norm_output": lambda: Between(
         nn.Tanh(), nn.GroupNorm(2, 4, affine=False), nn.SiLU(), with_fixed_weight(nn.GroupNorm(2, 4)), nn.SiLU()
     ),

@@ -66,13 +66,13 @@ def rows(
     name: str, example: Example, device: str, budgets: list[str], ways: list[str], measured: bool, limit_s: float
 ) -> Iterator[dict]:
     """A row for each way and budget of one model. Ways that come to the same are planned and measured once."""
-    known: dict[tuple[Problem, ...], list[dict]] = {}
+    known: dict[tuple, list[dict]] = {}
     for way, recompute in itertools.product(ways, (True, False)):
         asked = [text for text in budgets if recompute == (text != FREE)]
         if not asked:
             continue
         prepared = _prepared(example, "measured" if measured else device, way, recompute)
-        problems = tuple(program.lowered.problem for program in prepared.programs)
+        problems = tuple(_what_is_solved(program.lowered.problem) for program in prepared.programs)
         if problems in known:
             yield from (row | {"way": way} for row in known[problems])
             continue
@@ -83,6 +83,13 @@ def rows(
                 row |= _measured(example, plan)
             known[problems].append(row)
             yield row
+
+
+def _what_is_solved(problem: Problem) -> tuple:
+    """A problem without the alternatives that solvers pass over."""
+    useful, others = ({p for found in a.values() for p in found} for a in (problem.useful_alternatives, problem.alternatives))
+    operators = tuple(o for p, o in enumerate(problem.operators) if p in useful or p not in others)
+    return problem.storages, operators, problem.outputs
 
 
 def _prepared(example: Example, cost: str, way: str, recompute: bool = True) -> Prepared:

@@ -115,9 +115,15 @@ def test_what_would_read_the_input_all_the_same(shape):
 
 
 @pytest.mark.parametrize(
-    ("which", "value"), [("weight", 0.0), ("weight", 1e-20), ("weight", 1e20), ("weight", torch.nan), ("bias", 8.0)]
+    ("name", "which", "value"),
+    [
+        *((name, "weight", 0.0) for name in NORMS),
+        ("layer_norm_output", "weight", 1e-20),
+        ("layer_norm_output", "weight", 1e20),
+        ("layer_norm_output", "weight", torch.nan),
+        ("layer_norm_output", "bias", 8.0),
+    ],
 )
-@pytest.mark.parametrize("name", NORMS)
 def test_where_it_would_not_be_it_is_not_offered(name, which, value):
     module = Between(nn.Tanh(), NORMS[name](), nn.SiLU())
     with torch.no_grad():
@@ -167,7 +173,7 @@ def test_a_weight_that_becomes_zero(caplog):
 def test_there_are_never_more_plans_than_guards():
     plain = blocks()
     planned = transform(copy.deepcopy(plain), (X,), **FREE)
-    for zero in ((1,), (2,), (1, 2), (2, 3), (1,), (3,), (2,)):
+    for zero in ((1,), (2,), (1, 2), (2, 3), (2,)):
         for block in (1, 2, 3):
             set_to(0.0 if block in zero else 1.0, planned.source, plain, block=block)
         assert_close(planned, plain)
@@ -232,7 +238,7 @@ def test_a_budget_that_cannot_be_kept_without_it():
 def test_other_shapes_are_watched_too():
     plain = blocks()
     planned = transform(copy.deepcopy(plain), (X,), **FREE)
-    assert_close(planned, plain, X[:128])
+    planned(X[:128])
     set_to(0.0, planned.source, plain)
     assert_close(planned, plain, X[:128])
 
