@@ -23,7 +23,6 @@ NORMS = {
     "group_norm_output": lambda: with_fixed_weight(nn.GroupNorm(2, 4)),
     "batch_norm_output": lambda: with_fixed_weight(nn.BatchNorm2d(4)),
 }
-fixed_batch_norm = lambda channels: with_fixed_weight(nn.BatchNorm1d(channels))  # noqa: E731
 FREE = {"recompute": False, "exactness": "accurate"}
 X = torch.randn(256, 32, generator=torch.Generator().manual_seed(0))
 
@@ -37,6 +36,10 @@ class Block(nn.Module):
 
     def forward(self, x):
         return x + self.narrow(torch.tanh(self.wide(self.norm(x))))
+
+
+def _fixed_batch_norm(channels: int) -> nn.Module:
+    return with_fixed_weight(nn.BatchNorm1d(channels))
 
 
 def blocks(norm=nn.LayerNorm, seed: int = 0) -> nn.Module:
@@ -140,7 +143,7 @@ def test_the_weights_of_an_rms_norm():
     assert fxmem.check_implementation("rms_norm_output", module, (images(),)).places == places - 1
 
 
-@pytest.mark.parametrize("norm", [nn.LayerNorm, lambda n: nn.LayerNorm(n, bias=False), nn.RMSNorm, fixed_batch_norm])
+@pytest.mark.parametrize("norm", [nn.LayerNorm, lambda n: nn.LayerNorm(n, bias=False), nn.RMSNorm, _fixed_batch_norm])
 def test_less_is_kept_and_nothing_runs_twice(norm):
     module = blocks(norm)
     left_out = [f"-{name}" for name in (*NORMS, "rms_norm_output")]
@@ -307,8 +310,7 @@ def test_weights_of_two_norms_and_frozen_ones():
 def test_guards_of_ones_own(registered):
     @registered("halves", torch.ops.aten.tanh_backward.default, exactness="accurate")
     def halves(node):
-        weight = node.args[1].args[0].args[-1]  # of the linear layer before it, transposed
-        weight = weight if node.graph.owning_module is None or weight.op == "placeholder" else weight.args[0]
+        weight = node.args[1].args[0].args[-1].args[0]  # of the linear layer before it, transposed
         return Choice(backward=Call(node.target, node.args), guard=Guard(torch.max, (weight,)))
 
     module = blocks()

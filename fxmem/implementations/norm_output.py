@@ -38,15 +38,15 @@ BATCH, LAYER, GROUP = (getattr(aten, f"native_{kind}_norm_backward").default for
 LARGEST_BIAS = {LAYER: 4.0, BATCH: 0.125, GROUP: 0.125}  # times its weight: from twice as much on, errors may be too large
 PIECE_BYTES = 1 << 21  # a few of them are in a CPU's cache
 LEAST_PIECES = 4
-OPERANDS = "Tensor gradient, Tensor result, Tensor rstd, Tensor? weight, Tensor? bias"
+PARAMETERS = "Tensor rstd, Tensor? weight, Tensor? bias"
 
 
 @register_implementation("layer_norm_output", LAYER, exactness="accurate")
 def layer_norm_output(node: fx.Node) -> Choice | None:
     """The output, where something else keeps it and no weight is near zero."""
     shape, rstd, mask = node.args[2], node.args[4], node.args[7]
-    if not node.args[0].meta["val"].is_contiguous() or node.args[0].meta["val"].dtype is torch.float16:
-        return None  # the gradient of the normalized input, before it is scaled, may be beyond its range
+    if not node.args[0].meta["val"].is_contiguous():
+        return None  # rows have to lie one after the other
     return _from_output(node, rstd, slice(2, 4), layer_norm_from_output, list(shape), list(mask))
 
 
@@ -54,8 +54,6 @@ def layer_norm_output(node: fx.Node) -> Choice | None:
 def group_norm_output(node: fx.Node) -> Choice | None:
     """The output, where something else keeps it, no weight is near zero, and none gets a gradient."""
     rstd, groups, mask = node.args[3], *node.args[8:10]
-    if node.args[0].meta["val"].dtype is torch.float16:
-        return None  # as for layer norms
     return _from_output(node, rstd, slice(1, 3), group_norm_from_output, groups, list(mask))
 
 
@@ -78,6 +76,8 @@ def _from_output(node: fx.Node, rstd: fx.Node, affine: slice, target, *rest) -> 
         return None
     if (weight is None and bias is not None) or (mask[1] and (node.target is not LAYER or value.dtype in LOW_PRECISION)):
         return None
+    if value.dtype is torch.float16 and node.target is not BATCH:
+        return None  # the gradient of the normalized input, before it is scaled, may be beyond its range
     if node.args[0].target is in_format_of:
         return None  # which reads the input, for its format
     guard = guard_of_weights(value.dtype, weight, bias, LARGEST_BIAS[node.target]) if weight is not None else None
@@ -151,7 +151,7 @@ def _batch_workspace(call: OpCall) -> int:
 
 
 batch_norm_from_output = define(
-    f"batch_norm_backward_from_output({OPERANDS}, bool[3] mask) -> (Tensor, Tensor, Tensor)",
+    f"batch_norm_backward_from_output(Tensor gradient, Tensor result, {PARAMETERS}, bool[3] mask) -> (Tensor, Tensor, Tensor)",
     _batch_norm,
     _empty_results,
     _batch_workspace,
@@ -226,7 +226,7 @@ def _normalized(result, weight, bias) -> torch.Tensor:
 
 def _define(name: str, extra_arguments: str, arrange: Callable[..., tuple]):
     """The operator, its forms in place, and its costs."""
-    rest = f"Tensor rstd, Tensor? weight, Tensor? bias, {extra_arguments}, bool[3] mask"
+    rest = f"{PARAMETERS}, {extra_arguments}, bool[3] mask"
 
     def parts(call: OpCall) -> list[OpCall]:
         """What runs over all rows or images: on a CPU less, as they are in the cache."""
