@@ -348,3 +348,12 @@ def test_a_guard_that_fails_is_named(share, registered):
         ImplementationError, match="'odd' fails on .*the guard of implementation 'odd' fails on '1.wide.weight'"
     ):
         fxmem.check_implementation("odd", module, (X,))
+
+
+def test_what_is_no_guard(registered):
+    @registered("odd", torch.ops.aten.tanh_backward.default)
+    def odd(node):
+        return Choice(backward=Call(node.target, node.args), guard="weight above zero")
+
+    with pytest.raises(ImplementationError, match=r"'odd' fails on .*guard='weight above zero' is no Guard: give Guard\("):
+        transform(blocks(), (X,))

@@ -156,6 +156,8 @@ class _Offers:
 
     def _guard(self, guard: Guard | None, implementation: Implementation) -> ValueGuard | None:
         """None where there is none, and where it is of anything else than parameters and buffers."""
+        if not (guard is None or isinstance(guard, Guard)):
+            raise TypeError(f"guard={guard!r} is no Guard: give Guard(function, nodes), as in Guard(share, (weight,))")
         roles = [n.meta.get("fxmem_role") for n in guard.tensors] if guard else []
         if not roles or not all(role and role.kind in ("parameter", "buffer") for role in roles):
             return None
